@@ -1,0 +1,74 @@
+"""Every setting of bald-sam, from `BALD_SAM_*` variables or a `.env` file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from worker.contract import RuntimeOptions
+
+Roots = Annotated[tuple[Path, ...], NoDecode]
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """One object for the whole program. Each field is `BALD_SAM_<NAME>` in the environment unless it says otherwise."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BALD_SAM_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    data_dir: Path = Field(Path("~/.local/share/bald-sam"), description="Checkpoints, heads, click log.")
+    redis_url: SecretStr | None = Field(None, description="Empty: everything runs in one process.")
+    backbone: str = Field("tiny", description="tiny, mobile_sam, vit_b, vit_l or vit_h.")
+    checkpoint: Path | None = Field(None, description="Weights of the backbone; empty: the downloaded ones.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    head: str = Field("default", description="Name or path of a head; `none` for SAM's own mask.")
+    strategy: str = Field("default", description="How the next click is chosen.")
+    local_roots: Roots = Field((), description="Colon-separated folders from which image paths may be read.")
+    allowed_hosts: Names = Field((), description="Comma-separated private hosts from which images may be fetched.")
+    cache_mb: int = Field(512, ge=1, description="Memory for embeddings and logits in each worker, MB.")
+    max_image_mb: int = Field(64, ge=1, description="Largest image file, MB.")
+    max_image_megapixels: int = Field(100, ge=1, description="Largest image, millions of pixels.")
+    max_request_mb: int = Field(256, ge=1, description="Largest request body, MB.")
+    fetch_timeout_s: float = Field(20.0, gt=0, description="Time to fetch one image, seconds.")
+    deadline_s: float = Field(90.0, gt=0, description="Time to answer one click; Label Studio gives up after 100 s.")
+    prefetch: int = Field(3, ge=0, description="How many next tasks are encoded ahead.")
+    recover: bool = Field(True, description="Restore a mask that was pending when the annotation was submitted.")
+    clicks_url: str | None = Field(None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir.")
+    basic_auth_user: str | None = None
+    basic_auth_pass: SecretStr | None = None
+    token: SecretStr | None = None
+    label_studio_url: str | None = Field(
+        None, validation_alias=AliasChoices("LABEL_STUDIO_URL", "LABEL_STUDIO_HOST", "label_studio_url")
+    )
+    label_studio_api_key: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key")
+    )
+
+    @field_validator("local_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        return tuple(part for part in value.split(":") if part) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("redis_url", "checkpoint", "clicks_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @field_validator("data_dir", "checkpoint")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value else None
+
+    def runtime_options(self) -> RuntimeOptions:
+        """The part of the settings that a worker process needs."""
+        return RuntimeOptions.model_validate(self.model_dump())
