@@ -1,0 +1,1 @@
+"""Small predictors on frozen decoder features, their Laplace posteriors, and what those say about each pixel."""
