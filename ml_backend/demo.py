@@ -1,0 +1,263 @@
+"""`bald-sam demo`: Label Studio, a sample project and the embedded backend on this machine, with one command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import signal
+import threading
+import time
+import webbrowser
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import requests
+from pydantic import SecretStr, ValidationError
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from ml_backend import label_studio
+from ml_backend.demo_pictures import pictures_in, sample_pictures
+from ml_backend.label_studio import LabelStudioApi, LabelStudioError, LabelStudioServer
+from ml_backend.settings import Settings
+
+EMAIL = "demo@example.com"
+LABELS = ("Object", "Person", "Animal")
+SAMPLES = "samples"
+
+console = Console(highlight=False)
+
+
+@dataclass
+class State:
+    """What the demo remembers between starts, in `demo.json`: the login and which pictures are in which project."""
+
+    path: Path
+    email: str = EMAIL
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(9))
+    token: str | None = None
+    #: "samples" or the path of a picture folder -> {"id": project, "uploaded": [file names]}
+    projects: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """The stored state, or a new one."""
+        return cls(path=path, **json.loads(path.read_text())) if path.is_file() else cls(path=path)
+
+    def save(self) -> None:
+        """Write it so that only its owner reads it, and never half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {name: value for name, value in asdict(self).items() if name != "path"}
+        draft = self.path.with_suffix(".tmp")
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(content, indent=1))
+        draft.replace(self.path)
+
+
+@click.command()
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Your own pictures.")
+@click.option("--port", default=9090, show_default=True, help="Port of the backend.")
+@click.option("--label-studio-port", default=8080, show_default=True, help="Port of Label Studio.")
+@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Everything is kept here.")
+@click.option("--no-browser", is_flag=True, help="Do not open the page.")
+@click.option("--reset", is_flag=True, help="Begin anew; what was there is set aside, not deleted.")
+def demo(
+    images: Path | None,
+    port: int,
+    label_studio_port: int,
+    backbone: str | None,
+    device: str | None,
+    data_dir: Path | None,
+    no_browser: bool,
+    reset: bool,
+) -> None:
+    """Try it: starts Label Studio with a sample project and the backend, and prints one address to open."""
+    given = {"data_dir": data_dir, "backbone": backbone, "device": device}
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        with contextlib.ExitStack() as running, _stop_signals():
+            address, server = _start(running, settings, images, port, label_studio_port, reset=reset)
+            if not no_browser:
+                webbrowser.open(address)
+            while server.poll() is None:
+                time.sleep(0.5)
+            raise LabelStudioError(f"Label Studio ended by itself (log: {server.log})")
+    except (KeyboardInterrupt, SystemExit):
+        console.print("Stopped; nothing is left running. Your annotations are kept for the next start.")
+    except (LabelStudioError, FileNotFoundError, ValidationError, OSError) as error:
+        raise _Refusal(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise _Refusal(f"The package {error.name} is missing: pip install 'bald-sam[worker,evaluate]'.") from error
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+def _start(
+    running: contextlib.ExitStack, settings: Settings, images: Path | None, port: int, page_port: int, *, reset: bool
+) -> tuple[str, LabelStudioServer]:
+    """Start everything, each part stopped by `running`; print what to press; return the address and Label Studio."""
+    for number, option in ((port, "--port"), (page_port, "--label-studio-port")):
+        if not label_studio.port_is_free(number):
+            raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
+    home = settings.data_dir.absolute() / "demo"
+    if reset and home.exists():
+        aside = home.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
+        home.rename(aside)
+        console.print(f"The former demo is set aside in {aside}")
+    pictures = pictures_in(images) if images else sample_pictures(home / "pictures")
+
+    environment = label_studio.default_environment(settings.data_dir.absolute())
+    with console.status("Looking for Label Studio") as status:
+        command = label_studio.ensure_environment(environment, status.update)
+        state = State.load(home / "demo.json")
+        state.save()
+        server = LabelStudioServer(
+            command, data_dir=home / "label-studio", port=page_port, email=state.email, password=state.password
+        )
+        first = " - the first start prepares its database, about a minute" if server.is_new else ""
+        status.update(f"Starting Label Studio {label_studio.VERSION}{first}")
+        running.enter_context(server)
+        if state.token is None:
+            state.token = label_studio.personal_access_token(server.url, state.email, state.password)
+            state.save()
+        _done(f"Label Studio {label_studio.VERSION} answers on {server.url}")
+
+        status.update("Starting the backend")
+        backend_url = f"http://127.0.0.1:{port}"
+        served = settings.model_copy(
+            update={
+                "redis_url": None,
+                "basic_auth_user": None,
+                "basic_auth_pass": None,
+                "token": None,
+                "label_studio_url": server.url,
+                "label_studio_api_key": SecretStr(state.token),
+            }
+        )
+        running.enter_context(_backend(served, port))
+        _done(f"The backend answers on {backend_url} (backbone {served.backbone}, device {served.device})")
+
+        status.update("Preparing the project")
+        api = LabelStudioApi(server.url, state.token)
+        project = _project(api, state, images, pictures)
+        _connect(api, project, backend_url)
+        tasks = api.tasks(project)
+        _done(f"{len(tasks)} pictures in the project")
+        _warm(backend_url, project, tasks)
+        running.callback(console.print, "Stopping ...")
+    address = f"{server.url}/projects/{project}/data?task={_first_open(tasks)['id']}"
+    console.print(_panel(address, state))
+    return address, server
+
+
+def _done(text: str) -> None:
+    console.print(f"[green]✓[/green] {text}")
+
+
+@contextlib.contextmanager
+def _backend(settings: Settings, port: int) -> Iterator[None]:
+    """The web application and its model in this process, served from a thread."""
+    from waitress.server import create_server
+
+    from ml_backend.app import create_app
+
+    server = create_server(create_app(settings), host="127.0.0.1", port=port, threads=8)
+    thread = threading.Thread(target=server.run, name="backend", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.close()
+        thread.join(5)
+
+
+def _project(api: LabelStudioApi, state: State, images: Path | None, pictures: list[Path]) -> int:
+    """The project of these pictures, made where it is missing, with every picture that it does not have yet."""
+    key = str(images.resolve()) if images else SAMPLES
+    known = state.projects.get(key)
+    if known is None or not _exists(api, known["id"]):
+        from ml_backend.labeling_config import recommended_config
+
+        title = f"bald-sam: {images.resolve().name}" if images else "bald-sam: sample pictures"
+        made = api.call(
+            "POST", "/api/projects", json={"title": title[:50], "label_config": recommended_config(list(LABELS))}
+        )
+        known = state.projects[key] = {"id": made["id"], "uploaded": []}
+        state.save()
+    for picture in pictures:
+        if picture.name not in known["uploaded"]:
+            with picture.open("rb") as content:
+                upload = {picture.name: (picture.name, content)}
+                api.call("POST", f"/api/projects/{known['id']}/import", files=upload)
+            known["uploaded"].append(picture.name)
+            state.save()
+    project: int = known["id"]
+    return project
+
+
+def _exists(api: LabelStudioApi, project: int) -> bool:
+    return any(found["id"] == project for found in api.call("GET", "/api/projects?page_size=1000")["results"])
+
+
+def _connect(api: LabelStudioApi, project: int, url: str) -> None:
+    """Make the backend the project's interactive one. Label Studio adds the webhook when it is connected."""
+    wanted = {"url": url, "title": "bald-sam", "is_interactive": True}
+    for backend in api.call("GET", f"/api/ml?project={project}"):
+        if backend["url"] == url and backend["is_interactive"]:
+            return
+        api.call("DELETE", f"/api/ml/{backend['id']}")
+    for hook in api.call("GET", f"/api/webhooks/?project={project}"):
+        api.call("DELETE", f"/api/webhooks/{hook['id']}/")
+    api.call("POST", "/api/ml", json=wanted | {"project": project})
+
+
+def _warm(backend_url: str, project: int, tasks: list[dict[str, Any]]) -> None:
+    """Have the first pictures encoded in the background, as Label Studio does when it opens a task."""
+    body = {"tasks": tasks[:4], "project": f"{project}.0", "params": {"context": None}}
+    with contextlib.suppress(requests.RequestException):
+        requests.post(f"{backend_url}/predict", json=body, timeout=60)
+
+
+def _first_open(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first task that is not labelled yet, else the first."""
+    return next((task for task in tasks if not task["is_labeled"]), tasks[0])
+
+
+def _panel(address: str, state: State) -> Panel:
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="bold", no_wrap=True)
+    lines.add_column()
+    lines.add_row("Open", f"[link={address}]{address}[/link]")
+    lines.add_row("Log in", f"{state.email}   password [bold]{state.password}[/bold]")
+    lines.add_row("")
+    lines.add_row("1", "Switch [bold]Auto-Annotation[/bold] on (bottom of the page), press [bold]M[/bold].")
+    lines.add_row("2", "Click on an object: a mask appears, and a ring where the next click tells the model most.")
+    lines.add_row("3", "Click on the [bold]ring[/bold] if it is on the object, [bold]Alt+click[/bold] it if not.")
+    lines.add_row("4", "Good? [bold]✓[/bold] at the bottom takes the mask. Next object, or [bold]Submit[/bold].")
+    return Panel(lines, title="bald-sam demo", subtitle="Ctrl-C stops everything", border_style="magenta", expand=False)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop the demo as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,313 @@
+"""A Label Studio of our own: its environment, its process and its API. The demo and the end-to-end test start it.
+
+Label Studio pins its own redis, rq and much else, so it never shares an environment with bald-sam.
+`python -m ml_backend.label_studio DIR` makes that environment in DIR and prints the path of its command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import requests
+
+VERSION = "1.23.2"
+LOCK = Path(__file__).with_name("requirements-label-studio.lock")
+
+#: Migrations of the first start take about a minute on two quiet cores; a busy machine gets ten.
+START_LIMIT_S = 600.0
+STOP_LIMIT_S = 10.0
+
+#: A default Label Studio refuses an ML backend on the same machine or network, and calls home.
+SETTINGS = {
+    "USE_DEFAULT_BANNED_SUBNETS": "false",
+    "COLLECT_ANALYTICS": "false",
+    "LATEST_VERSION_CHECK": "false",
+    "SENTRY_DSN": "",
+    "FRONTEND_SENTRY_DSN": "",
+    "DJANGO_DB": "sqlite",
+    "PYTHONUNBUFFERED": "1",
+}
+
+Say = Callable[[str], None]
+
+
+class LabelStudioError(Exception):
+    """Label Studio could not be installed, started or used; the message says what to do."""
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+
+def command_of(environment: Path) -> Path:
+    """The `label-studio` command of a virtual environment."""
+    return environment / "bin" / "label-studio"
+
+
+def ensure_environment(environment: Path, say: Say = lambda _: None) -> Path:
+    """Make the virtual environment of Label Studio where it is missing or old; return its `label-studio` command.
+
+    A stamp holds the hash of the pinned requirements, so that a second call costs nothing. pip is run with the user's
+    own configuration. Raises LabelStudioError with the end of pip's complaint.
+    """
+    stamp = environment / ".requirements-sha256"
+    wanted = hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    if stamp.is_file() and stamp.read_text() == wanted and command_of(environment).is_file():
+        return command_of(environment)
+    say(f"Installing Label Studio {VERSION} in its own environment (about two minutes, once)")
+    _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(LOCK)]
+    _run([*pip, "--disable-pip-version-check"])
+    stamp.write_text(wanted)
+    return command_of(environment)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+        tail = " / ".join(errors[-3:]) or f"exit status {done.returncode}"
+        raise LabelStudioError(f"Label Studio could not be installed: {tail}. Try again with a working package index.")
+
+
+# --- process ----------------------------------------------------------------------------------------------------------
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on this port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def die_with_parent() -> None:
+    """Run in a child before exec: it gets SIGTERM when its parent dies, even by SIGKILL (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process started with `start_new_session=True` and everything it started."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        try:
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+class LabelStudioServer:
+    """One running Label Studio with its data in `data_dir`. Its own sqlite, uploads, settings and log are there.
+
+    `email` and `password` make the first user; they travel in the environment, not in the process list.
+    """
+
+    def __init__(self, command: Path, *, data_dir: Path, port: int, email: str, password: str) -> None:
+        self.command = command
+        self.data_dir = data_dir
+        self.port = port
+        self.email = email
+        self.password = password
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = data_dir / "label-studio.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_file: IO[bytes] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the first start, with its migrations, is still to come."""
+        return not (self.data_dir / "label_studio.sqlite3").exists()
+
+    def start(self) -> None:
+        """Start, and return when Label Studio answers. Raises LabelStudioError, with the log's end, if it does not."""
+        if not port_is_free(self.port):
+            raise LabelStudioError(f"Port {self.port} is taken.")
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._log_file = self.log.open("wb")
+        self._process = subprocess.Popen(  # noqa: S603
+            [str(self.command), "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(self.port)],
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
+        )
+        deadline = time.monotonic() + START_LIMIT_S
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise LabelStudioError(f"Label Studio stopped while starting: {self._last_words()} (log: {self.log})")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise LabelStudioError(f"Label Studio did not start in {START_LIMIT_S:.0f} s (log: {self.log})")
+            time.sleep(0.3)
+
+    def poll(self) -> int | None:
+        """Exit status of the process, None while it runs."""
+        return self._process.poll() if self._process else 0
+
+    def stop(self) -> None:
+        """Stop it and its children; harmless when it is stopped already."""
+        if self._process is not None:
+            stop(self._process)
+        if self._log_file is not None:
+            self._log_file.close()
+
+    def __enter__(self) -> LabelStudioServer:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _environment(self) -> dict[str, str]:
+        # Settings of another Label Studio, and of this Python environment, must not leak into this one.
+        foreign = ("LABEL_STUDIO_", "DJANGO_", "POSTGRE_", "PYTHONPATH", "VIRTUAL_ENV", "BALD_SAM_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        return (
+            kept
+            | SETTINGS
+            | {
+                "LABEL_STUDIO_BASE_DATA_DIR": str(self.data_dir),
+                "LABEL_STUDIO_USERNAME": self.email,
+                "LABEL_STUDIO_PASSWORD": self.password,
+                "XDG_CONFIG_HOME": str(self.data_dir / "config"),
+            }
+        )
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "no output"
+
+
+# --- API --------------------------------------------------------------------------------------------------------------
+
+
+def personal_access_token(url: str, email: str, password: str) -> str:
+    """Log in as the page does and return the user's personal access token, made where there is none.
+
+    The token is what `LABEL_STUDIO_API_KEY` wants: the legacy token is switched off in a default Label Studio.
+    """
+    session = requests.Session()
+    session.trust_env = False
+    session.get(f"{url}/user/login", timeout=30).raise_for_status()
+    form = {"email": email, "password": password, "csrfmiddlewaretoken": session.cookies.get("csrftoken", "")}
+    session.post(f"{url}/user/login", data=form, headers={"Referer": url}, timeout=30).raise_for_status()
+    headers = {"X-CSRFToken": session.cookies.get("csrftoken", ""), "Referer": url}
+    answer = session.post(f"{url}/api/token/", headers=headers, timeout=30)
+    if answer.status_code == requests.codes.unauthorized:
+        raise LabelStudioError(f"Label Studio does not accept the password of {email}.")
+    if answer.status_code == requests.codes.conflict:
+        raise LabelStudioError(f"{email} has a personal access token already; Label Studio shows it only once.")
+    answer.raise_for_status()
+    token: str = answer.json()["token"]
+    return token
+
+
+class LabelStudioApi:
+    """The few API calls needed here, authorised with a personal access token (access tokens live 300 s)."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url
+        self._token = token
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._expires = 0.0
+
+    def call(self, method: str, path: str, **kwargs: Any) -> Any:
+        """One request and its JSON answer (None where it is empty). Raises LabelStudioError with what it said."""
+        if time.monotonic() > self._expires:
+            self._refresh()
+        answer = self._session.request(method, f"{self.url}{path}", timeout=120, **kwargs)
+        if not answer.ok:
+            raise LabelStudioError(
+                f"Label Studio answered {answer.status_code} to {method} {path}: {answer.text[:300]}"
+            )
+        return answer.json() if answer.content else None
+
+    def tasks(self, project: int) -> list[dict[str, Any]]:
+        """All tasks of a project, oldest first."""
+        return list(self._pages(project))
+
+    def _pages(self, project: int) -> Iterator[dict[str, Any]]:
+        page, total = 1, None
+        seen = 0
+        while total is None or seen < total:
+            body = self.call("GET", f"/api/tasks?project={project}&page={page}&page_size=100&fields=all")
+            total = body["total"]
+            if not body["tasks"]:
+                return
+            seen += len(body["tasks"])
+            page += 1
+            yield from body["tasks"]
+
+    def _refresh(self) -> None:
+        answer = self._session.post(f"{self.url}/api/token/refresh", json={"refresh": self._token}, timeout=30)
+        if not answer.ok:
+            raise LabelStudioError("Label Studio does not accept the stored personal access token.")
+        self._session.headers["Authorization"] = f"Bearer {answer.json()['access']}"
+        self._expires = time.monotonic() + 240
+
+
+def checkout() -> Path | None:
+    """The folder of a source checkout that this package runs from, None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def default_environment(data_dir: Path) -> Path:
+    """Where Label Studio's environment is: `BALD_SAM_LABEL_STUDIO_ENV`, else in the checkout, else in `data_dir`."""
+    if chosen := os.environ.get("BALD_SAM_LABEL_STUDIO_ENV"):
+        return Path(chosen).expanduser()
+    root = checkout()
+    return root / ".venv-label-studio" if root else data_dir / f"label-studio-{VERSION}"
+
+
+def main() -> None:
+    """`python -m ml_backend.label_studio DIR`."""
+    environment = Path(sys.argv[1]) if len(sys.argv) > 1 else default_environment(Path.cwd())
+    try:
+        command = ensure_environment(environment, lambda text: print(text, file=sys.stderr))  # noqa: T201
+    except LabelStudioError as error:
+        sys.exit(str(error))
+    shutil.which(str(command)) or sys.exit(f"{command} cannot be run.")
+    print(command)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
