@@ -36,8 +36,8 @@ def binary_entropy_of_logit(logit: Tensor) -> Tensor:
 
 def binary_entropy(probability: Tensor) -> Tensor:
     """H(p) in nats for p in [0, 1], any shape; 0 at both ends."""
-    inside: Tensor = torch.special.entr(probability)
-    return inside + torch.special.entr(1.0 - probability)
+    total: Tensor = torch.special.entr(probability) + torch.special.entr(1.0 - probability)
+    return total
 
 
 def quadrature(means: NDArray[np.float64], variance: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,35 @@
+"""From pixels to places: a click repairs a region, so what counts is how much uncertainty lies around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Radii of the discs over which a map is averaged, as fractions of the frame's longer side.
+RADII = (0.012, 0.025, 0.05, 0.1)
+#: A disc of radius r counts r^POWER: 0 takes the sharpest peak, 2 the largest total.
+POWER = 0.5
+
+
+def regional(values: Tensor, valid: Tensor, *, radii: tuple[float, ...] = RADII, power: float = POWER) -> Tensor:
+    """max over radii of r^power times the mean of `values` (h, w) in the window around each pixel; (h, w).
+
+    Thin lines, as every mask has along its border, average out; blobs as large as a missing or superfluous part stay.
+    Windows are Gaussian-like (two box means); pixels that are not `valid` count as zero.
+    """
+    side = max(values.shape)
+    source = torch.where(valid, values, torch.zeros_like(values))
+    best = torch.zeros_like(values)
+    for fraction in radii:
+        radius = max(1, round(fraction * side * 0.75))
+        blurred = _box(_box(source, radius), radius)
+        best = torch.maximum(best, (fraction / radii[0]) ** power * blurred)
+    return best
+
+
+def _box(image: Tensor, radius: int) -> Tensor:
+    window = 2 * radius + 1
+    # Zero padding that counts in the mean: beyond the frame there is nothing to repair.
+    rows = F.avg_pool2d(image[None, None], (window, 1), stride=1, padding=(radius, 0))
+    return F.avg_pool2d(rows, (1, window), stride=1, padding=(0, radius))[0, 0]

@@ -1,0 +1,91 @@
+"""Per-pixel features in which Segment Anything itself is one linear head.
+
+SAM's mask logit is an inner product, l(x) = <h, U(x)>, of the mask token's hypernetwork output h and the up-scaled
+decoder embedding U. Keeping the products h_c U_c(x) apart, beside l and what the clicks say, gives features phi(x) for
+which w0 = (1 on `logit`, 0 elsewhere) reproduces SAM exactly. A posterior over w around w0 is then a posterior over
+re-weighted SAM heads, and each logit f(x) = <w, phi(x)> is Gaussian.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from worker.contract import Prompts
+    from worker.decode import Decoded
+
+#: Reach of a click in `near_*` features, in units of the longer side of the frame: a small part, a large part.
+NEAR_RADII = (0.03, 0.12)
+#: Logits are clipped to this before they are blurred, so that one far-off pixel does not rule its surroundings.
+LOGIT_CLIP = 8.0
+#: Sides of the blur windows as fractions of the longer side of the frame.
+BLUR_SIDES = (0.03, 0.1)
+CANDIDATES = 3
+
+
+def feature_names(channels: int) -> tuple[str, ...]:
+    """Names of the features for a decoder with `channels` up-scaled channels (16 for tiny, 32 for published SAMs)."""
+    return (
+        "logit",
+        *(f"channel_{index}" for index in range(channels)),
+        "squashed",
+        *(f"blur_{index}" for index in range(len(BLUR_SIDES))),
+        *(f"candidate_{index}" for index in range(CANDIDATES)),
+        *(f"near_positive_{index}" for index in range(len(NEAR_RADII))),
+        *(f"near_negative_{index}" for index in range(len(NEAR_RADII))),
+        "bias",
+    )
+
+
+def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
+    """Features of every low-resolution pixel: (d, h, w) float32 in the order of `feature_names`.
+
+    `logit`: SAM's own mask logit; `channel_c`: h_c U_c, which sum to it; `squashed`: tanh(l / 2), the shape of a
+    confident edge; `blur_i`: mean of the clipped logit around the pixel; `candidate_k`: how much the k-th multimask
+    candidate (small to large) differs from the mask; `near_*`: exp(-d / r) to the nearest such click, 0 without one.
+    """
+    logits, upscaled = decoded.logits, decoded.upscaled
+    height, width = logits.shape
+    side = float(max(height, width))
+    clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
+    parts = [logits[None], decoded.hyper[:, None, None] * upscaled, torch.tanh(logits / 2.0)[None]]
+    parts += [_box_mean(clipped, max(1, round(fraction * side) // 2))[None] for fraction in BLUR_SIDES]
+    parts.append(_candidate_differences(decoded.candidates, clipped))
+    for positive in (True, False):
+        points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
+        distance = distance_to_points(points, height, width, device=logits.device) / side
+        parts += [torch.exp(-distance / radius)[None] for radius in NEAR_RADII]
+    parts.append(torch.ones_like(logits)[None])
+    return torch.cat(parts).float()
+
+
+def distance_to_points(points: list[tuple[float, float]], height: int, width: int, *, device: torch.device) -> Tensor:
+    """Distance in pixels from each pixel centre to the nearest (col, row) point: (height, width); inf if none."""
+    if not points:
+        return torch.full((height, width), torch.inf, device=device)
+    cols = torch.arange(width, device=device) + 0.5
+    rows = torch.arange(height, device=device) + 0.5
+    where = torch.tensor(points, dtype=torch.float32, device=device)
+    squared = (cols[None, None, :] - where[:, 0, None, None]) ** 2 + (
+        rows[None, :, None] - where[:, 1, None, None]
+    ) ** 2
+    return squared.amin(0).sqrt()
+
+
+def _box_mean(image: Tensor, radius: int) -> Tensor:
+    window = 2 * radius + 1
+    padded = F.pad(image[None, None], (radius, radius, radius, radius), mode="replicate")
+    rows = F.avg_pool2d(padded, (window, 1), stride=1)
+    return F.avg_pool2d(rows, (1, window), stride=1)[0, 0]
+
+
+def _candidate_differences(candidates: Tensor, clipped: Tensor) -> Tensor:
+    """(CANDIDATES, h, w): clipped candidate minus clipped mask, smallest first; zeros where there are fewer."""
+    clipped_candidates = candidates.clamp(-LOGIT_CLIP, LOGIT_CLIP)
+    order = (candidates > 0).flatten(1).sum(1).argsort(stable=True)
+    chosen = clipped_candidates[order][:CANDIDATES] - clipped
+    return F.pad(chosen, (0, 0, 0, 0, 0, CANDIDATES - chosen.shape[0]))
