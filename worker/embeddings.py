@@ -1,0 +1,216 @@
+"""Image to embedding, and where embeddings are kept: process memory, then Redis, then encode."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from redis import Redis, RedisError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+
+from worker.backbones import Backbone
+from worker.byte_lru import ByteLRU
+
+log = logging.getLogger(__name__)
+
+#: Redis keeps an embedding for a working day, and forgets which image lies behind a URL sooner.
+EMBEDDING_TTL_S = 8 * 3600
+URL_TTL_S = 3600
+#: Longest wait for another process that encodes the same image; after that this one encodes it too.
+ENCODE_WAIT_S = 60.0
+PREFIX = "bald-sam:"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """features: (1, C, h, w) float32 on the backbone's device; sizes are (height, width), as in `SamPredictor`."""
+
+    features: Tensor
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the features."""
+        return self.features.numel() * self.features.element_size()
+
+
+def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
+    """Encode an RGB image (H, W, 3), uint8, exactly as `SamPredictor.set_image` does."""
+    height, width = image.shape[:2]
+    resized = ResizeLongestSide(backbone.image_size).apply_image(image)
+    with torch.inference_mode():
+        pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
+        features = backbone.sam.image_encoder(backbone.sam.preprocess(pixels))
+    # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
+    return Embedding(features.float().clone(memory_format=torch.contiguous_format), (height, width), resized.shape[:2])
+
+
+class EmbeddingCache:
+    """Embeddings by content: key = SHA-256 of the image's bytes + ":" + backbone id.
+
+    Memory is bounded in bytes; Redis (optional, shared by all workers) by time. What is broken or gone is computed
+    again, and a Redis that does not answer only costs time. One image is encoded once, however many ask for it.
+    """
+
+    def __init__(self, max_bytes: int, redis: Redis | None = None) -> None:
+        self._memory: ByteLRU[str, Embedding] = ByteLRU(max_bytes)
+        self._urls: ByteLRU[str, tuple[str, float]] = ByteLRU(1 << 20)
+        self._redis = redis
+        self._flights: dict[str, tuple[Lock, int]] = {}
+        self._flights_lock = Lock()
+
+    @staticmethod
+    def key(data: bytes, backbone: Backbone) -> str:
+        """Key of an image file's content for this backbone."""
+        return f"{hashlib.sha256(data).hexdigest()}:{backbone.id}"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held in this process's memory."""
+        return self._memory.bytes
+
+    def clear_memory(self) -> None:
+        """Forget what this process holds; Redis keeps its own."""
+        self._memory.clear()
+
+    def key_of_url(self, url: str, backbone: Backbone) -> str | None:
+        """The key of an image that was fetched from this URL within the last hour, or None."""
+        name = f"{url} {backbone.id}"
+        known = self._urls.get(name)
+        if known is not None and known[1] > time.monotonic():
+            return known[0]
+        found = self._from_redis(_url_name(name))
+        return found.decode() if found else None
+
+    def remember_url(self, url: str, backbone: Backbone, key: str) -> None:
+        """Note which image lies behind a URL, so that it need not be fetched again soon."""
+        name = f"{url} {backbone.id}"
+        self._urls.put(name, (key, time.monotonic() + URL_TTL_S), len(name) + len(key) + 200)
+        self._to_redis(_url_name(name), key.encode(), URL_TTL_S)
+
+    def get(self, key: str, device: torch.device) -> Embedding | None:
+        """The embedding from memory or Redis, or None."""
+        embedding = self._memory.get(key)
+        if embedding is not None:
+            return embedding
+        data = self._from_redis(PREFIX + "embedding:" + key)
+        if data is None:
+            return None
+        try:
+            embedding = from_bytes(data)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            log.warning("Dropped a broken embedding from Redis (%s: %s); it is computed again.", key[:12], error)
+            self._drop_from_redis(PREFIX + "embedding:" + key)
+            return None
+        embedding = replace(embedding, features=embedding.features.to(device))
+        self._memory.put(key, embedding, embedding.bytes)
+        return embedding
+
+    def put(self, key: str, embedding: Embedding) -> None:
+        """Keep an embedding in memory and in Redis."""
+        self._memory.put(key, embedding, embedding.bytes)
+        if self._redis is not None:
+            self._to_redis(PREFIX + "embedding:" + key, to_bytes(embedding), EMBEDDING_TTL_S)
+
+    def get_or_encode(self, key: str, device: torch.device, compute: Callable[[], Embedding]) -> Embedding:
+        """The embedding, computed by `compute` if nobody has it; concurrent callers for one key share one call."""
+        embedding = self._memory.get(key)
+        if embedding is not None:
+            return embedding
+        with self._flight(key):
+            embedding = self.get(key, device) or self._wait_for_other_process(key, device)
+            if embedding is None:
+                try:
+                    embedding = compute()
+                    self.put(key, embedding)
+                finally:
+                    self._drop_from_redis(PREFIX + "encoding:" + key)
+            return embedding
+
+    def _wait_for_other_process(self, key: str, device: torch.device) -> Embedding | None:
+        """Claim the encoding of an image in Redis, or wait for the process that has; None: this process encodes."""
+        deadline = time.monotonic() + ENCODE_WAIT_S
+        while self._redis is not None and time.monotonic() < deadline:
+            try:
+                if self._redis.set(PREFIX + "encoding:" + key, b"1", ex=int(ENCODE_WAIT_S), nx=True):
+                    return self.get(key, device)
+            except RedisError as error:
+                _say_redis_failed(error)
+                return None
+            time.sleep(0.02)
+            embedding = self.get(key, device)
+            if embedding is not None:
+                return embedding
+        return None
+
+    @contextmanager
+    def _flight(self, key: str) -> Iterator[None]:
+        with self._flights_lock:
+            lock, users = self._flights.get(key, (Lock(), 0))
+            self._flights[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._flights_lock:
+                lock, users = self._flights[key]
+                if users == 1:
+                    del self._flights[key]
+                else:
+                    self._flights[key] = (lock, users - 1)
+
+    def _from_redis(self, name: str) -> bytes | None:
+        try:
+            return self._redis.get(name) if self._redis is not None else None
+        except RedisError as error:
+            return _say_redis_failed(error)
+
+    def _to_redis(self, name: str, value: bytes, ttl_s: int) -> None:
+        try:
+            if self._redis is not None:
+                self._redis.set(name, value, ex=ttl_s)
+        except RedisError as error:
+            _say_redis_failed(error)
+
+    def _drop_from_redis(self, name: str) -> None:
+        try:
+            if self._redis is not None:
+                self._redis.delete(name)
+        except RedisError as error:
+            _say_redis_failed(error)
+
+
+def to_bytes(embedding: Embedding) -> bytes:
+    """An embedding as safetensors, in full precision: an answer must not depend on which cache it came from."""
+    sizes = torch.tensor([embedding.original_size, embedding.input_size], dtype=torch.int64)
+    return save({"features": embedding.features.cpu().contiguous(), "sizes": sizes})
+
+
+def from_bytes(data: bytes) -> Embedding:
+    """The inverse of `to_bytes`, on the CPU. Raises SafetensorError, KeyError or ValueError for anything else."""
+    tensors = load(data)
+    features, sizes = tensors["features"], tensors["sizes"]
+    if features.ndim != 4 or sizes.shape != (2, 2):
+        raise ValueError(f"shapes {tuple(features.shape)} and {tuple(sizes.shape)} are not those of an embedding")
+    (height, width), (input_height, input_width) = sizes.tolist()
+    return Embedding(features, (height, width), (input_height, input_width))
+
+
+def _url_name(name: str) -> str:
+    return PREFIX + "url:" + hashlib.sha256(name.encode()).hexdigest()
+
+
+def _say_redis_failed(error: Exception) -> None:
+    log.warning("Redis did not answer the embedding cache (%s); going on without it.", error)
