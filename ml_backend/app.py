@@ -1,0 +1,185 @@
+"""The HTTP server that Label Studio talks to."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, request
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException
+
+from ml_backend import auth, labeling_config
+from ml_backend.body import read_json, without_masks
+from ml_backend.errors import BackendError, RequestError
+from ml_backend.metrics import Metrics
+from ml_backend.model import BaldSamBackend, model_version, project_id
+from ml_backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: Actions that Label Studio sends to /webhook; others are counted together, for whoever calls chooses the name.
+ACTIONS = frozenset(
+    {
+        "ANNOTATION_CREATED",
+        "ANNOTATIONS_CREATED",
+        "ANNOTATION_UPDATED",
+        "ANNOTATIONS_DELETED",
+        "TASKS_CREATED",
+        "TASKS_DELETED",
+        "PROJECT_CREATED",
+        "PROJECT_UPDATED",
+        "PROJECT_DELETED",
+        "START_TRAINING",
+    }
+)
+
+
+def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
+    """The WSGI application. `runner` (see `ml_backend.jobs`) is made from the settings if it is not given."""
+    settings = settings or Settings()
+    if runner is None:
+        from ml_backend.jobs import make_runner
+
+        runner = make_runner(settings)
+    metrics = Metrics()
+    backend = BaldSamBackend(settings=settings, runner=runner, observe=metrics.click)
+    version = model_version(settings)
+
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_request_mb * 1_000_000
+    app.extensions["bald_sam_runner"] = runner
+    _add_hooks(app, settings, metrics)
+
+    @app.get("/")
+    def index() -> Response:
+        return jsonify(
+            name="bald-sam", model_version=version, routes=sorted({r.rule for r in app.url_map.iter_rules()})
+        )
+
+    @app.get("/health")
+    def health() -> Response:
+        # Label Studio waits one second for this: what is not known at once is not said.
+        try:
+            status = runner.status()
+        except Exception as exc:
+            log.warning("the runner gives no status: %s", exc)
+            status = {"ready": False}
+        return jsonify(status="UP", model_class=type(backend).__name__, model_version=version, **_public(status))
+
+    @app.post("/setup")
+    def setup() -> Response:
+        body = read_json(request.get_data())
+        # A refusal here is what Label Studio shows under Settings > Model; later errors it only logs.
+        config = labeling_config.parse(body.get("schema") or "")
+        project = project_id(body.get("project"))
+        for warning in config.warnings:
+            log.warning("project %s: %s", project, warning)
+        return jsonify(model_version=version, warnings=list(config.warnings))
+
+    @app.post("/predict")
+    def predict() -> Response:
+        body = read_json(without_masks(request.get_data()))
+        params = body.get("params") or {}
+        if not isinstance(params, dict):
+            raise RequestError("`params` must be an object.", "Send the context as `params.context`.")
+        results = backend.predict(
+            body.get("tasks") or [],
+            context=params.get("context"),
+            label_config=body.get("label_config"),
+            project=body.get("project"),
+        )
+        return jsonify(results=results)
+
+    @app.post("/webhook")
+    def webhook() -> tuple[Response, int]:
+        # Label Studio waits one second, and without Redis of its own it holds up the annotator's submit for it.
+        body = read_json(request.get_data())
+        action = body.get("action")
+        known = action if isinstance(action, str) and action in ACTIONS else "other"
+        project = body.get("project")
+        log.info("event %s, project %s", known, project.get("id") if isinstance(project, dict) else None)
+        metrics.events.labels(known).inc()
+        return jsonify(status="received"), 201
+
+    @app.get("/versions")
+    def versions() -> Response:
+        return jsonify(versions=[version])
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        return Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _public(status: Any) -> dict[str, Any]:
+    """Of a runner's status only whether it is ready: /health is open to everybody."""
+    return {"ready": bool(status.get("ready", True))} if isinstance(status, dict) else {}
+
+
+def _add_hooks(app: Flask, settings: Settings, metrics: Metrics) -> None:
+    @app.before_request
+    def admit() -> None:
+        g.id = secrets.token_hex(6)
+        g.started = time.perf_counter()
+        if request.path != "/health" and not auth.allowed(settings, request.authorization):
+            raise BackendError(
+                "Credentials are missing or wrong.",
+                "In Label Studio give user and password under Settings > Model; scripts send a bearer token.",
+                status=401,
+            )
+
+    @app.after_request
+    def account(response: Response) -> Response:
+        route = request.url_rule.rule if request.url_rule else "other"
+        seconds = time.perf_counter() - g.get("started", time.perf_counter())
+        metrics.request(route, response.status_code, seconds)
+        level = logging.DEBUG if route in {"/health", "/metrics"} else logging.INFO
+        log.log(level, "%s %s %d %.0f ms id=%s", request.method, route, response.status_code, seconds * 1000, g.id)
+        response.headers["X-Request-Id"] = g.id
+        return response
+
+    @app.errorhandler(Exception)
+    def refuse(exc: Exception) -> Response:
+        status, error, hint = _words(exc)
+        if status >= 500 and not _is_spoken(exc):
+            log.error("%s failed id=%s", request.path, g.id, exc_info=exc)
+        else:
+            log.warning("%s refused: %d %s %s id=%s", request.path, status, error, hint, g.id)
+        response = jsonify(error=error, hint=hint, id=g.id)
+        # Of an error answer Label Studio shows nothing but this line.
+        response.status = f"{status} {_one_line(error + ' ' + hint)}"
+        if status == 401:
+            response.headers["WWW-Authenticate"] = 'Basic realm="bald-sam"'
+        if status == 503:
+            response.headers["Retry-After"] = "2"
+        return response
+
+
+def _words(exc: Exception) -> tuple[int, str, str]:
+    """Status, error and hint of whatever was raised, without anything from inside the program."""
+    if isinstance(exc, HTTPException):
+        status = exc.code or 500
+        if status == 413:
+            return status, "The request is too large.", "Raise BALD_SAM_MAX_REQUEST_MB or submit the annotation first."
+        return status, f"{exc.name}: {request.method} {request.path}", "GET / lists the routes."
+    if isinstance(exc, ValidationError):
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return 422, f"The request holds an impossible value ({where}: {first['msg']}).", "Correct it and send it again."
+    if _is_spoken(exc):
+        return exc.status, exc.error, exc.hint  # type: ignore[attr-defined]
+    return 500, "Something went wrong inside bald-sam.", "Look for this id in its log, and report it if it comes back."
+
+
+def _is_spoken(exc: Exception) -> bool:
+    """Whether `exc` explains itself: BackendError and the runners' JobFailed."""
+    return all(hasattr(exc, name) for name in ("status", "error", "hint"))
+
+
+def _one_line(text: str) -> str:
+    """`text` as an HTTP reason phrase: printable ASCII, not too long."""
+    return " ".join("".join(c if " " <= c <= "~" else " " for c in text).split())[:300]

@@ -1,0 +1,212 @@
+"""`bald-sam`: the command line. Commands are imported when they are called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+#: Command -> (module:attribute, one line of help).
+COMMANDS = {
+    "ablate": ("ml_backend.evaluate_cli:ablate", "Compare heads and posteriors."),
+    "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
+    "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
+    "heads": ("ml_backend.evaluate_cli:heads", "List the trained heads and choose one."),
+    "models": ("ml_backend.models_cli:models", "List, download and describe the backbones."),
+    "train": ("ml_backend.evaluate_cli:train", "Train a head on images and masks."),
+}
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit status 2."""
+    click.echo(message, err=True)
+    sys.exit(2)
+
+
+class LazyGroup(click.Group):
+    """A group that knows of its commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        try:
+            command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as exc:
+            fail(f"`bald-sam {cmd_name}` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
+        except AttributeError:
+            fail(f"`bald-sam {cmd_name}` is not part of this version.")
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            own = self.commands.get(name)
+            rows.append((name, own.get_short_help_str(90) if own else COMMANDS[name][1]))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bald-sam", prog_name="bald-sam")
+def main() -> None:
+    """A Label Studio ML backend that answers a click with a mask and a proposed next click."""
+
+
+def load_settings(**options: Any) -> Any:
+    """Settings from the environment, with the options that were given; exit 2 with a line for each error."""
+    from pydantic import ValidationError
+
+    from ml_backend.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as exc:
+        fail(
+            "\n".join(
+                f"Setting {'.'.join(map(str, e['loc']))} (BALD_SAM_{'_'.join(map(str, e['loc'])).upper()}): {e['msg']}."
+                for e in exc.errors(include_url=False, include_input=False)
+            )
+        )
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=9090, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--redis-url", help="Send work to `bald-sam worker` processes; without it this process does it all.")
+@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@click.option("--strategy", help="How the next click is chosen.")
+@click.option("--threads", default=32, show_default=True, type=click.IntRange(1, 1024), help="Requests at once.")
+@click.option("--no-auth", is_flag=True, help="Let other machines in without credentials.")
+def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | None) -> None:
+    """Serve Label Studio."""
+    import waitress
+
+    from ml_backend import auth
+    from ml_backend.errors import BackendError
+
+    settings = load_settings(**options)
+    try:
+        auth.check_exposure(host, settings, no_auth=no_auth)
+    except BackendError as exc:
+        fail(str(exc))
+    _log_to_stderr()
+
+    from ml_backend.app import create_app
+
+    try:
+        app = create_app(settings)
+    except (BackendError, OSError, ValueError) as exc:
+        fail(str(exc))
+    runner = app.extensions["bald_sam_runner"]
+    try:
+        server = waitress.create_server(
+            app,
+            host=host,
+            port=port,
+            threads=threads,
+            ident="bald-sam",
+            max_request_body_size=(settings.max_request_mb + 1) * 1_000_000,
+        )
+    except OSError as exc:
+        runner.close()
+        fail(f"Cannot listen on {host}:{port}: {exc.strerror or exc}. Choose another with --port.")
+    shown = f"[{host}]" if ":" in host else host
+    where = "Redis workers" if settings.redis_url else "this process"
+    click.echo(
+        f"bald-sam listens on http://{shown}:{_port(server, port)} (backbone {settings.backbone}, work in {where})"
+    )
+    signal.signal(signal.SIGTERM, _stop)
+    if warm_up := getattr(runner, "warm_up", None):
+        threading.Thread(target=_quietly, args=(warm_up,), name="warm-up", daemon=True).start()
+    try:
+        server.run()
+    finally:
+        server.close()
+        runner.close()
+
+
+def _port(server: Any, asked: int) -> int:
+    port = getattr(server, "effective_port", None)
+    if port is None and (listen := getattr(server, "effective_listen", None)):
+        port = listen[0][1]
+    return int(port or asked)
+
+
+def _quietly(warm_up: Any) -> None:
+    try:
+        warm_up()
+    except Exception:
+        logging.getLogger(__name__).exception("the model could not be loaded; each click will say so")
+
+
+@main.command()
+@click.option("--redis-url", help="Where the queues are.")
+@click.option("--queues", help="Comma-separated; without it all: interactive, embed, batch, train.")
+@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@click.option("--strategy", help="How the next click is chosen.")
+def worker(queues: str | None, **options: str | None) -> None:
+    """Do the work of a server that was started with the same Redis."""
+    from worker.contract import Queue
+
+    names = [name.strip() for name in queues.split(",") if name.strip()] if queues else list(Queue)
+    if unknown := [name for name in names if name not in set(Queue)]:
+        fail(f"There is no queue {', '.join(unknown)}; there are {', '.join(Queue)}.")
+    settings = load_settings(**options)
+    if settings.redis_url is None:
+        fail("A worker needs to know the Redis: give --redis-url redis://host:6379 or set BALD_SAM_REDIS_URL.")
+    _log_to_stderr()
+    try:
+        rq_worker = importlib.import_module("worker.rq_worker")
+    except ModuleNotFoundError as exc:
+        fail(f"`bald-sam worker` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
+    rq_worker.work(settings.runtime_options(), [Queue(name) for name in names])
+
+
+@main.command("config-xml")
+@click.option("--labels", required=True, help="Comma-separated, for example Car,Wheel.")
+@click.option("--per-class", is_flag=True, help="One prompt tool for each label instead of one for all.")
+@click.option("--boxes/--no-boxes", default=True, show_default=True, help="Rectangles as prompts too.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen.")
+def config_xml(labels: str, per_class: bool, boxes: bool, out: Path | None) -> None:
+    """Print a labelling config for Settings > Labeling Interface > Code."""
+    from ml_backend.errors import ConfigError
+    from ml_backend.labeling_config import recommended_config
+
+    try:
+        text = recommended_config(labels.split(","), per_class=per_class, boxes=boxes)
+    except ConfigError as exc:
+        fail(str(exc))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        fail(f"Cannot write {out}: {exc.strerror}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""`BaldSamBackend`: the model class that Label Studio's ML backend servers run, and our own too.
+
+It fits label-studio-ml 1.0.9 and 2.x. It keeps nothing between two requests: every prompt is in the request, and what
+is costly is cached by content behind the runner.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flask
+
+from ml_backend import labeling_config, prompts, regions
+from ml_backend.errors import RequestError
+from ml_backend.labeling_config import LabelingConfig
+from ml_backend.settings import Settings
+from worker.contract import EmbedJob, ImageRef, SegmentJob, SegmentResult
+
+# label-studio-ml tries `import torch` for its multiprocessing. The web process must not load torch, so for the time of
+# this import it looks as if it were not installed.
+_hide_torch = "torch" not in sys.modules
+if _hide_torch:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+try:
+    from label_studio_ml.model import LabelStudioMLBase
+finally:
+    if _hide_torch:
+        del sys.modules["torch"]
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[SegmentJob, SegmentResult], None]
+
+_lock = threading.Lock()
+_shared: tuple[Settings, Any] | None = None
+
+
+def model_version(settings: Settings) -> str:
+    """What Label Studio shows as the version of this backend."""
+    return f"bald-sam-{settings.backbone}"
+
+
+def _shared_runner() -> tuple[Settings, Any]:
+    """Settings and runner of this process, made once: other servers make the model anew again and again."""
+    global _shared  # noqa: PLW0603
+    with _lock:
+        if _shared is None:
+            from ml_backend.jobs import make_runner
+
+            settings = Settings()
+            _shared = settings, make_runner(settings)
+        return _shared
+
+
+class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
+    """Answers a smart click with a brush mask and a proposed next click."""
+
+    def __init__(
+        self,
+        *args: Any,
+        settings: Settings | None = None,
+        runner: Any = None,
+        observe: Observer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Our own server gives `settings` and `runner`; `observe` is told of each answered click."""
+        super().__init__(*args, **kwargs)
+        self._own = (settings or Settings(), runner) if runner is not None else None
+        self._observe = observe
+
+    def predict(self, tasks: list[dict[str, Any]], context: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
+        """One answer for each task, `{"result": [...], "score": float, "model_version": str}`.
+
+        `context` None: a task was opened; its image is encoded in the background. Otherwise the prompts of one object.
+        `label_config` and `project` may be given; other servers keep the former in the model.
+        Raises ConfigError, RequestError, and what the runner raises.
+        """
+        settings, runner = self._own or _shared_runner()
+        tasks = _checked(tasks)
+        label_config = kwargs.get("label_config") or _from_request("label_config") or self._label_config_of_setup()
+        if not label_config:
+            raise RequestError(
+                "The request carries no `label_config`.", "Send the labelling config of the project with it."
+            )
+        version = model_version(settings)
+        config = labeling_config.parse(label_config, prompts.image_name(context))
+        empty = [{"result": [], "score": 0.0, "model_version": version} for _ in tasks]
+        project = project_id(kwargs.get("project") or _from_request("project") or tasks[0].get("project"))
+        if context is None:
+            self._encode_ahead(runner, tasks[: 1 + settings.prefetch], config, project)
+            return empty
+        session = prompts.parse(context, config)
+        if session is None:
+            return empty
+        if session.width * session.height > settings.max_image_megapixels * 1_000_000:
+            raise RequestError(
+                f"The image has {session.width} x {session.height} pixels; at most "
+                f"{settings.max_image_megapixels} million are read.",
+                "Raise BALD_SAM_MAX_IMAGE_MEGAPIXELS or make the image smaller.",
+                status=413,
+            )
+        task = tasks[0]
+        region_id = regions.mask_id(project, task["id"], session)
+        job = SegmentJob(
+            image=_image(task, config, project, session.item_index),
+            width=session.width,
+            height=session.height,
+            prompts=session.prompts,
+            session=region_id,
+            strategy=settings.strategy,
+            propose=config.proposal is not None,
+        )
+        result = runner.segment(job, deadline_s=settings.deadline_s)
+        if self._observe is not None:
+            self._observe(job, result)
+        answer = regions.build(result, session, config, region_id)
+        empty[0] = {"result": answer, "score": result.predicted_iou, "model_version": result.model_version}
+        return empty
+
+    def fit(self, *args: Any, event: str | None = None, data: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Called with the events of Label Studio. Nothing is learnt from them yet; the answer is an empty dict."""
+        event = event or (args[0] if args and isinstance(args[0], str) else None)
+        log.info("event %s", event)
+        return {}
+
+    def _label_config_of_setup(self) -> str | None:
+        value = getattr(self, "label_config", None)
+        return value if isinstance(value, str) else None
+
+    @staticmethod
+    def _encode_ahead(runner: Any, tasks: list[dict[str, Any]], config: LabelingConfig, project: int | None) -> None:
+        images = []
+        for task in tasks:
+            try:
+                images.append(_image(task, config, project, None))
+            except RequestError as exc:
+                log.warning("task %s is not encoded ahead: %s", task.get("id"), exc)
+        if images:
+            try:
+                runner.embed(EmbedJob(images=tuple(images)))
+            except Exception:
+                # Encoding ahead only saves time; the click itself will say what is wrong.
+                log.warning("encoding ahead failed", exc_info=True)
+
+
+def project_id(value: Any) -> int | None:
+    """`"11.1795354867"` (id and time of creation, as Label Studio writes it), `"11"` or 11 -> 11."""
+    head = str(value).split(".", 1)[0] if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    return int(head) if head.isascii() and head.isdigit() and len(head) < 19 else None
+
+
+def _checked(tasks: Any) -> list[dict[str, Any]]:
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
+        raise RequestError("`tasks` must be a list with at least one task.", "Send the task that was clicked on.")
+    if isinstance(tasks[0].get("id"), bool) or not isinstance(tasks[0].get("id"), (int, str)):
+        raise RequestError("The task has no `id`.", "Send the task as Label Studio's API gives it.")
+    return tasks
+
+
+def _image(task: dict[str, Any], config: LabelingConfig, project: int | None, page: int | None) -> ImageRef:
+    value: Any = task.get("data")
+    for part in [config.key] if isinstance(value, dict) and config.key in value else config.key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        value = value[page or 0] if (page or 0) < len(value) else None
+    if not isinstance(value, str) or not value:
+        raise RequestError(
+            f"The task has no image address in `data.{config.key}`.",
+            f"The labelling config reads `${config.key}`; the task's data must have a field of this name.",
+        )
+    task_id = task.get("id")
+    return ImageRef(url=value, task=task_id if isinstance(task_id, int) else None, project=project)
+
+
+def _from_request(name: str) -> Any:
+    """A field of the request body: label-studio-ml 1.0.9 does not hand it on, and its model may be another project's."""
+    if not flask.has_request_context():
+        return None
+    body = flask.request.get_json(silent=True)
+    return body.get(name) if isinstance(body, dict) else None
+
+
+def init_app(model_dir: Path, **kwargs: Any) -> flask.Flask:
+    """The server of label-studio-ml 1.0.9 with this model.
+
+    By default that server keeps one model for all projects, makes it anew at each /setup, and answers 500 to a click
+    that comes between its restart and the next page load. Its older mode, chosen by an empty variable, does none of
+    this, but needs a folder.
+    """
+    os.environ["LABEL_STUDIO_ML_BACKEND_V2"] = ""
+    from label_studio_ml.api import init_app as their_init_app
+
+    app: flask.Flask = their_init_app(BaldSamBackend, model_dir=str(model_dir), **kwargs)
+    return app
