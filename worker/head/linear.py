@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-#: Newton steps when a session's clicks are taken in. The objective is convex; 8 are ample for d around 30.
-_NEWTON_STEPS = 8
+#: Most Newton steps when a session's clicks are taken in; the objective is convex and a few do.
+_NEWTON_STEPS = 25
 #: A click is a decision about a place, not one noisy pixel: its likelihood counts as this many agreeing pixels.
 CLICK_WEIGHT = 4.0
 
@@ -78,20 +79,31 @@ class LinearPosterior:
             return self
         design = (features @ self.factor).double()
         offset = (features @ self.mean).double()
-        target = labels.double()
-        identity = torch.eye(self.factor.shape[1], dtype=torch.float64, device=design.device)
-        z = torch.zeros(self.factor.shape[1], dtype=torch.float64, device=design.device)
-        hessian = identity
-        for _ in range(_NEWTON_STEPS):
+        sign = 2.0 * labels.double() - 1.0
+        identity = torch.eye(design.shape[1], dtype=torch.float64, device=design.device)
+
+        def loss(z: Tensor) -> float:
+            return float(0.5 * z @ z - weight * F.logsigmoid(sign * (offset + design @ z)).sum())
+
+        def hessian(z: Tensor) -> Tensor:
             inside = torch.sigmoid(offset + design @ z)
-            gradient = z - weight * design.T @ (target - inside)
-            hessian = identity + weight * (design.T * (inside * (1.0 - inside))) @ design
-            step = torch.linalg.solve(hessian, gradient)
-            # Far from the mode the logistic curvature vanishes and a full step overshoots.
-            z = z - step / max(1.0, float(step.norm()) / 4.0)
-        inside = torch.sigmoid(offset + design @ z)
-        hessian = identity + weight * (design.T * (inside * (1.0 - inside))) @ design
-        inverse_root = torch.linalg.solve_triangular(torch.linalg.cholesky(hessian), identity, upper=False).T
+            return identity + weight * (design.T * (inside * (1.0 - inside))) @ design
+
+        z = torch.zeros(design.shape[1], dtype=torch.float64, device=design.device)
+        current = loss(z)
+        for _ in range(_NEWTON_STEPS):
+            gradient = z - weight * design.T @ (sign * torch.sigmoid(-sign * (offset + design @ z)))
+            step = torch.linalg.solve(hessian(z), gradient)
+            # Far from the mode the logistic curvature vanishes and a full step overshoots: halve it until it helps.
+            size = 1.0
+            while size > 1e-3 and loss(z - size * step) > current:
+                size /= 2.0
+            z = z - size * step
+            previous, current = current, loss(z)
+            if previous - current < 1e-9:
+                break
+        root = torch.linalg.cholesky(hessian(z))
+        inverse_root = torch.linalg.solve_triangular(root, identity, upper=False).T
         return LinearPosterior(
             self.names, self.mean + self.factor @ z.float(), self.factor @ inverse_root.to(self.factor.dtype)
         )

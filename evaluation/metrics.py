@@ -1,0 +1,77 @@
+"""Measures of interactive segmentation, per object and per data set."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+Mask = NDArray[np.bool_]
+Curve = NDArray[np.float64]
+
+
+def iou(mask: Mask, truth: Mask, ignore: Mask | None = None) -> float:
+    """Intersection over union outside `ignore`; 1 when both are empty there (nothing to find, nothing found)."""
+    judged = np.ones_like(truth) if ignore is None else ~ignore
+    union = int(((mask | truth) & judged).sum())
+    return 1.0 if union == 0 else int((mask & truth & judged).sum()) / union
+
+
+def auc(curve: Curve) -> float:
+    """Area under IoU over clicks 1..n by the trapezoidal rule, divided by n - 1; a curve of one click is its value."""
+    if len(curve) == 1:
+        return float(curve[0])
+    return float(np.sum((curve[1:] + curve[:-1]) / 2) / (len(curve) - 1))
+
+
+def clicks_to(curve: Curve, target: float) -> tuple[int, bool]:
+    """(clicks, failed): the first click at which IoU >= target, or (len(curve), True) when none does.
+
+    Reaching the target at the very last click is a success (NoC as in RITM, with the cap at the curve's length).
+    """
+    reached = np.flatnonzero(curve >= target)
+    return (int(reached[0]) + 1, False) if reached.size else (len(curve), True)
+
+
+def best_so_far(curve: Curve) -> Curve:
+    """Running maximum."""
+    return np.maximum.accumulate(curve)
+
+
+def object_measures(curve: Curve) -> dict[str, float]:
+    """Every measure of one object under one strategy and seed; keys as in summary.json."""
+    noc85, failed85 = clicks_to(curve, 0.85)
+    noc90, failed90 = clicks_to(curve, 0.90)
+    return {
+        "iou_1": float(curve[0]),
+        "iou_final": float(curve[-1]),
+        "best_iou": float(curve.max()),
+        "delta_iou": float(curve[-1] - curve[0]),
+        "auc": auc(curve),
+        "noc85": float(noc85),
+        "noc90": float(noc90),
+        "failures85": float(failed85),
+        "failures90": float(failed90),
+    }
+
+
+def bootstrap(
+    values: NDArray[np.float64], groups: Sequence[Hashable], *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` (n,), resampling whole groups (images) with replacement."""
+    index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    member = np.array([index[group] for group in groups])
+    sums = np.bincount(member, weights=values)
+    counts = np.bincount(member).astype(float)
+    chosen = np.random.default_rng(seed).integers(len(index), size=(draws, len(index)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def ranks(scores: Mapping[str, float]) -> dict[str, float]:
+    """Rank of each name, 1 = largest score, ties share their mean rank."""
+    names = list(scores)
+    return dict(zip(names, (float(r) for r in rankdata([-scores[name] for name in names])), strict=True))
