@@ -51,7 +51,7 @@ class ByteLRU(Generic[K, V]):
             self._bytes = 0
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Sum of the sizes of what is kept."""
         return self._bytes
 

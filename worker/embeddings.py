@@ -41,8 +41,8 @@ class Embedding:
     input_size: tuple[int, int]
 
     @property
-    def bytes(self) -> int:
-        """Memory of the features."""
+    def size(self) -> int:
+        """Bytes of the features."""
         return self.features.numel() * self.features.element_size()
 
 
@@ -77,9 +77,9 @@ class EmbeddingCache:
         return f"{hashlib.sha256(data).hexdigest()}:{backbone.id}"
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes held in this process's memory."""
-        return self._memory.bytes
+        return self._memory.size
 
     def clear_memory(self) -> None:
         """Forget what this process holds; Redis keeps its own."""
@@ -115,12 +115,12 @@ class EmbeddingCache:
             self._drop_from_redis(PREFIX + "embedding:" + key)
             return None
         embedding = replace(embedding, features=embedding.features.to(device))
-        self._memory.put(key, embedding, embedding.bytes)
+        self._memory.put(key, embedding, embedding.size)
         return embedding
 
     def put(self, key: str, embedding: Embedding) -> None:
         """Keep an embedding in memory and in Redis."""
-        self._memory.put(key, embedding, embedding.bytes)
+        self._memory.put(key, embedding, embedding.size)
         if self._redis is not None:
             self._to_redis(PREFIX + "embedding:" + key, to_bytes(embedding), EMBEDDING_TTL_S)
 
@@ -173,9 +173,11 @@ class EmbeddingCache:
 
     def _from_redis(self, name: str) -> bytes | None:
         try:
-            return self._redis.get(name) if self._redis is not None else None
+            data = self._redis.get(name) if self._redis is not None else None
+            return data if isinstance(data, bytes) else None
         except RedisError as error:
-            return _say_redis_failed(error)
+            _say_redis_failed(error)
+            return None
 
     def _to_redis(self, name: str, value: bytes, ttl_s: int) -> None:
         try:

@@ -7,6 +7,8 @@ classifier of the pre-training (`norm_head`, `head`), which nothing here uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
@@ -78,6 +80,8 @@ class PatchMerging(nn.Module):
 class WindowAttention(nn.Module):
     """Self-attention in one window with a learned bias for each absolute offset (|dy|, |dx|)."""
 
+    attention_bias_idxs: Tensor
+
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
@@ -136,13 +140,14 @@ class TinyViTBlock(nn.Module):
         windows = windows.view(batch, rows, columns, size, size, dim).transpose(2, 3)
         attended = windows.reshape(batch, rows * size, columns * size, dim)[:, :height, :width]
         x = self.local_conv(x + attended.permute(0, 3, 1, 2))
-        return x + self.mlp(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x)
+        mixed: Tensor = self.mlp(x.flatten(2).transpose(1, 2))
+        return x + mixed.transpose(1, 2).view_as(x)
 
 
 class Stage(nn.Module):
     """Blocks at one stride, then the step to the next stage."""
 
-    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample

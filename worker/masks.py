@@ -1,0 +1,150 @@
+"""Low-resolution logits to the mask that the annotator gets: cleaned, at full size, true to every click."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from worker.contract import Click, Prompts
+from worker.decode import Frame
+
+Mask = npt.NDArray[np.bool_]
+
+#: Specks and holes below this many low-resolution cells, or this share of the mask, are not the annotator's intention.
+SPECK_CELLS = 8
+SPECK_SHARE = 0.001
+#: Radius of the repair around a click that the mask contradicts, in low-resolution cells.
+REPAIR_CELLS = 1.5
+#: Rows of the output that are computed at a time.
+BAND = 256
+
+
+def to_mask(logits: Tensor, frame: Frame, prompts: Prompts, size: tuple[int, int] | None = None) -> Mask:
+    """The mask for low-resolution logits (h, w): bool of `size` (height, width), by default the original image's.
+
+    `prompts` are in original pixels. Every positive click's pixel is in the mask, every negative click's is not; of
+    two opposite clicks on one pixel the later one counts.
+    """
+    size = size or frame.original_size
+    mask = upsample(clean(logits, frame, prompts), frame, size)
+    _honour_clicks(mask, frame, prompts)
+    return mask
+
+
+def clean(logits: Tensor, frame: Frame, prompts: Prompts) -> Tensor:
+    """Logits (h, w) without specks that hold no positive click and without tiny holes that hold no negative one.
+
+    The largest part of the mask always stays. Returns a copy where something changed, else `logits` itself.
+    """
+    rows, cols = frame.valid
+    values = logits[:rows, :cols].detach().cpu().numpy()
+    inside = values > 0
+    limit = max(SPECK_CELLS, SPECK_SHARE * int(inside.sum()))
+    specks = _small_parts(inside, 8, limit, _cells(prompts, frame, positive=True)) if inside.any() else None
+    holes = _small_parts(~inside, 4, limit, _cells(prompts, frame, positive=False)) if not inside.all() else None
+    if (specks is None or not specks.any()) and (holes is None or not holes.any()):
+        return logits
+    strength = np.maximum(np.abs(values), 1e-3)
+    if specks is not None:
+        values = np.where(specks, -strength, values)
+    if holes is not None:
+        values = np.where(holes, strength, values)
+    cleaned = logits.clone()
+    cleaned[:rows, :cols] = torch.from_numpy(values).to(logits.device)
+    return cleaned
+
+
+def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
+    """Threshold logits (h, w) at full size: bool of `size` (height, width), equal to `Sam.postprocess_masks` > 0.
+
+    Bilinear interpolation is separable, so columns are interpolated first, and rows are sums of a few of the results:
+    a small matrix product for each band of rows, only where the mask can be.
+    """
+    wide = _resize_last_axis(logits, frame.image_size, frame.input_size[1], size[1])
+    mask = torch.zeros(size, dtype=torch.bool, device=logits.device)
+    columns = (wide > 0).any(dim=0).nonzero()
+    if columns.numel():
+        # An interpolated value is positive only beside a positive one.
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        wide = wide[:, left:right].contiguous()
+        filled = (wide > 0).any(dim=1).tolist()
+        bands = _row_bands(frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0], logits.device)
+        for top, bottom, low, weights in bands:
+            high = low + weights.shape[1]
+            if any(filled[low:high]):
+                mask[top:bottom, left:right] = (weights @ wide[low:high]) > 0
+    return mask.cpu().numpy()
+
+
+def _resize_last_axis(values: Tensor, image_size: int, input_length: int, length: int) -> Tensor:
+    """One axis of `Sam.postprocess_masks`: to the padded input, cropped, to the output size; (n, w) to (n, W)."""
+    padded = F.interpolate(values[None], image_size, mode="linear", align_corners=False)
+    return F.interpolate(padded[..., :input_length], length, mode="linear", align_corners=False)[0]
+
+
+@lru_cache(maxsize=16)
+def _row_bands(
+    lowres: int, image_size: int, input_length: int, length: int, device: torch.device
+) -> list[tuple[int, int, int, Tensor]]:
+    """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
+    with torch.inference_mode(False), torch.no_grad():
+        weights = _resize_last_axis(torch.eye(lowres), image_size, input_length, length).T
+        bands = []
+        for top, bottom in pairwise([*range(0, length, BAND), length]):
+            used = weights[top:bottom].any(dim=0).nonzero()
+            low, high = int(used[0]), int(used[-1]) + 1
+            bands.append((top, bottom, low, weights[top:bottom, low:high].contiguous().to(device)))
+        return bands
+
+
+def _small_parts(region: Mask, connectivity: int, limit: float, keep: list[tuple[int, int]]) -> Mask:
+    """Cells of connected parts below `limit` cells, but for the largest part and those with a cell of `keep`."""
+    _count, labels, stats, _centroids = cv2.connectedComponentsWithStats(
+        region.astype(np.uint8), connectivity=connectivity
+    )
+    areas = stats[:, cv2.CC_STAT_AREA]
+    areas[0] = 0  # everything that is not region
+    small = areas < limit
+    small[[0, int(areas.argmax())]] = False
+    for row, col in keep:
+        small[labels[row, col]] = False
+    return np.asarray(small[labels])
+
+
+def _cells(prompts: Prompts, frame: Frame, *, positive: bool) -> list[tuple[int, int]]:
+    """(row, col) of the low-resolution cells that hold the positive or the negative clicks."""
+    rows, cols = frame.valid
+    cells = []
+    for click in prompts.clicks:
+        if click.positive == positive:
+            col, row = frame.to_lowres(click.x, click.y)
+            cells.append((min(max(int(row), 0), rows - 1), min(max(int(col), 0), cols - 1)))
+    return cells
+
+
+def _honour_clicks(mask: Mask, frame: Frame, prompts: Prompts) -> None:
+    """Draw a small disc around each click that the mask contradicts, never as far as a click of the other kind."""
+    height, width = mask.shape
+    to_x, to_y = width / frame.original_size[1], height / frame.original_size[0]
+    radius = REPAIR_CELLS * min(width / frame.valid[1], height / frame.valid[0])
+    clicks = [Click(x=click.x * to_x, y=click.y * to_y, positive=click.positive) for click in prompts.clicks]
+    for click in clicks:
+        x, y = min(max(int(click.x), 0), width - 1), min(max(int(click.y), 0), height - 1)
+        if mask[y, x] == click.positive:
+            continue
+        others = [math.dist((c.x, c.y), (click.x, click.y)) for c in clicks if c.positive != click.positive]
+        reach = min([radius, *(distance / 2 - 1 for distance in others)])
+        if reach > 0:
+            top, left = max(0, math.floor(y - reach)), max(0, math.floor(x - reach))
+            part = mask[top : math.ceil(y + reach) + 1, left : math.ceil(x + reach) + 1]
+            rows, cols = np.ogrid[top : top + part.shape[0], left : left + part.shape[1]]
+            part[(rows - y) ** 2 + (cols - x) ** 2 <= reach**2] = click.positive
+        mask[y, x] = click.positive

@@ -1,0 +1,103 @@
+"""What a worker process keeps loaded: backbone, proposer, caches; built at first use, once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from threading import Lock, RLock
+
+import numpy as np
+import redis
+import torch
+
+from worker.backbones import Backbone, build
+from worker.byte_lru import ByteLRU
+from worker.contract import Click, Prompts, RuntimeOptions
+from worker.decode import LogitsCache, decode
+from worker.embeddings import EmbeddingCache, encode
+from worker.proposer import Proposer
+
+#: Share of the cache memory for the logits of earlier clicks; the rest holds embeddings.
+LOGITS_SHARE = 1 / 8
+
+
+class NotConfiguredError(RuntimeError):
+    """A task ran before `configure`."""
+
+
+class Runtime:
+    """One backbone with its proposer and caches. Safe to use from several threads."""
+
+    def __init__(self, options: RuntimeOptions) -> None:
+        self.options = options
+        cache_bytes = options.cache_mb << 20
+        logits_bytes = int(cache_bytes * LOGITS_SHARE)
+        client = None
+        if options.redis_url is not None:
+            url = options.redis_url.get_secret_value()
+            client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+        self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client)
+        self.logits: LogitsCache = ByteLRU(logits_bytes)
+        #: Encoders need gigabytes for a moment: one image at a time.
+        self.encoding = Lock()
+        self._building = RLock()
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model. Raises ValueError or CheckpointError when it cannot be built; the next use tries again."""
+        with self._building:
+            return self._backbone
+
+    @property
+    def proposer(self) -> Proposer:
+        """Head, posterior and strategy. Raises ValueError when they cannot be used."""
+        with self._building:
+            return self._proposer
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        options = self.options
+        return build(options.backbone, checkpoint=options.checkpoint, device=options.device, data_dir=options.data_dir)
+
+    @cached_property
+    def _proposer(self) -> Proposer:
+        options = self.options
+        return Proposer(self._backbone, head=options.head, strategy=options.strategy, data_dir=options.data_dir)
+
+    def free_memory(self) -> None:
+        """Give back what can be computed again; for when the device runs out of memory."""
+        self.embeddings.clear_memory()
+        self.logits.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_lock = Lock()
+_options: RuntimeOptions | None = None
+_runtime: Runtime | None = None
+
+
+def configure(options: RuntimeOptions) -> None:
+    """State what this process runs. Loads nothing; equal options keep what is loaded."""
+    global _options, _runtime
+    with _lock:
+        if options != _options:
+            _options, _runtime = options, None
+
+
+def runtime() -> Runtime:
+    """The runtime of this process. Raises NotConfiguredError before `configure`."""
+    global _runtime
+    with _lock:
+        if _options is None:
+            raise NotConfiguredError("The worker was not configured; start it with `bald-sam worker`.")
+        if _runtime is None:
+            _runtime = Runtime(_options)
+        return _runtime
+
+
+def warm_up() -> None:
+    """Load everything and answer one click on a blank image, so that the first real click does not pay for it."""
+    current = runtime()
+    embedding = encode(current.backbone, np.full((64, 64, 3), 127, np.uint8))
+    prompts = Prompts(clicks=(Click(x=32.0, y=32.0),))
+    current.proposer.propose(decode(current.backbone, embedding, prompts), prompts)

@@ -1,0 +1,243 @@
+"""The job functions. JSON in, JSON out; a fault that can be foreseen is a `Failure`, not an exception."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from rq.timeouts import BaseTimeoutException
+
+from worker import brush_rle
+from worker.backbones.checkpoints import CheckpointError
+from worker.contract import (
+    Box,
+    Click,
+    EmbedJob,
+    EmbedResult,
+    Failure,
+    ImageRef,
+    Message,
+    Prompts,
+    Proposal,
+    SegmentJob,
+    SegmentResult,
+)
+from worker.decode import decode, decode_session
+from worker.embeddings import Embedding, encode
+from worker.fetch import LABEL_STUDIO_PATHS
+from worker.images import ImageError, decode_image, fetch
+from worker.masks import to_mask
+from worker.runtime import NotConfiguredError, Runtime, runtime
+
+log = logging.getLogger(__name__)
+J = TypeVar("J", bound=Message)
+REMOTE = ("http:", "https:", "s3:", "gs:", "azure-blob:")
+
+
+class JobError(Exception):
+    """The job itself is wrong; `failure` says how."""
+
+    def __init__(self, error: str, hint: str, status: int) -> None:
+        super().__init__(error)
+        self.failure = Failure(error=error, hint=hint, status=status)
+
+
+class Timings:
+    """Milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = 1000 * (time.perf_counter() - start)
+            self.stages[name] = round(self.stages.get(name, 0.0) + spent, 3)
+
+
+def segment(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer one click: `SegmentJob` to `SegmentResult` or `Failure`."""
+    return _answer(SegmentJob, job, _segment)
+
+
+def embed(job: dict[str, Any]) -> dict[str, Any]:
+    """Encode images ahead of the first click: `EmbedJob` to `EmbedResult` or `Failure`."""
+    return _answer(EmbedJob, job, _embed)
+
+
+def _answer(kind: type[J], job: dict[str, Any], do: Callable[[J, Runtime], Message]) -> dict[str, Any]:
+    try:
+        return _with_memory(do, kind.model_validate(job), runtime()).model_dump(mode="json")
+    except BaseTimeoutException:
+        raise  # the worker's own: it must see it
+    except Exception as error:
+        return _failure(error).model_dump(mode="json")
+
+
+def _with_memory(do: Callable[[J, Runtime], Message], job: J, current: Runtime) -> Message:
+    """Run a job; when the device is out of memory, free the caches and try once more."""
+    try:
+        return do(job, current)
+    except torch.OutOfMemoryError:
+        log.warning("The device ran out of memory; trying once more with empty caches.")
+    gc.collect()
+    current.free_memory()
+    return do(job, current)
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, JobError):
+        return error.failure
+    if isinstance(error, ImageError):
+        return Failure(error=error.error, hint=error.hint, status=error.status)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return Failure(
+            error=f"The job is not valid: {where}: {first['msg']}.",
+            hint="Run the same version of bald-sam in the web process and in every worker.",
+            status=422,
+        )
+    if isinstance(error, CheckpointError | NotConfiguredError):
+        return Failure(error=str(error), hint="See `bald-sam models list` for what is on this machine.", status=503)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure(
+            error="The device ran out of memory.",
+            hint="Use a smaller backbone, lower BALD_SAM_CACHE_MB, or stop what else runs on the device.",
+            status=503,
+        )
+    incident = uuid.uuid4().hex[:8]
+    log.error("Job failed, incident %s", incident, exc_info=error)
+    return Failure(
+        error=f"The worker could not answer ({type(error).__name__}).",
+        hint=f"The worker's log has the details under incident {incident}.",
+        status=500,
+    )
+
+
+def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
+    timings = Timings()
+    try:
+        backbone, proposer = current.backbone, current.proposer
+    except ValueError as error:
+        raise JobError(str(error), "Correct the setting and start the worker again.", 503) from error
+    embedding, key = _embedding(job.image, current, timings)
+    prompts = _in_image(job, embedding)
+    with timings.stage("decode"):
+        decoded = decode_session(backbone, embedding, prompts, current.logits, key)
+    logits, proposal, stopped = decoded.logits, None, None
+    with timings.stage("propose"):
+        try:
+            decision = proposer.propose(
+                decoded,
+                prompts,
+                strategy=job.strategy,
+                redecode=lambda others, mask: decode(backbone, embedding, others, mask),
+            )
+        except ValueError as error:
+            raise JobError(str(error), "Choose another strategy.", 422) from error
+        logits = decision.logits
+        if job.propose:
+            proposal, stopped = decision.proposal, decision.stopped
+    with timings.stage("mask"):
+        mask = to_mask(logits, decoded.frame, prompts, (job.height, job.width))
+    with timings.stage("rle"):
+        rle = brush_rle.encode(mask)
+    return SegmentResult(
+        width=job.width,
+        height=job.height,
+        rle=rle,
+        area=int(mask.sum()),
+        predicted_iou=decoded.predicted_iou,
+        proposal=_in_job(proposal, job, embedding),
+        stopped=stopped,
+        model_version=proposer.model_version,
+        timings=timings.stages,
+    )
+
+
+def _embed(job: EmbedJob, current: Runtime) -> EmbedResult:
+    done, failed = 0, {}
+    for image in job.images:
+        try:
+            _embedding(image, current, Timings())
+            done += 1
+        except ImageError as error:
+            failed[image.url] = f"{error.error} {error.hint}"
+    return EmbedResult(done=done, failed=failed)
+
+
+def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Embedding, str]:
+    """The image's embedding and its cache key; a URL that was seen lately is not fetched again."""
+    backbone, cache = current.backbone, current.embeddings
+    remembered = _is_remote(image.url)
+    if remembered:
+        with timings.stage("look_up"):
+            known = cache.key_of_url(image.url, backbone)
+            embedding = cache.get(known, backbone.device) if known else None
+        if known is not None and embedding is not None:
+            return embedding, known
+    with timings.stage("fetch"):
+        data = fetch(image, current.options)
+    key = cache.key(data, backbone)
+
+    def compute() -> Embedding:
+        with timings.stage("decode_image"):
+            pixels = decode_image(data, current.options)
+        with current.encoding, timings.stage("encode"):
+            return encode(backbone, pixels)
+
+    with timings.stage("embedding"):
+        embedding = cache.get_or_encode(key, backbone.device, compute)
+    if remembered:
+        cache.remember_url(image.url, backbone, key)
+    return embedding, key
+
+
+def _is_remote(url: str) -> bool:
+    """Whether fetching takes a request. Local files are read each time: they may change, and it costs little."""
+    return url.startswith(REMOTE) or LABEL_STUDIO_PATHS.search("/" + url) is not None or url.startswith("upload/")
+
+
+def _in_image(job: SegmentJob, embedding: Embedding) -> Prompts:
+    """The job's prompts in pixels of the image itself. What lies outside, as on a border, moves to the border."""
+    height, width = embedding.original_size
+    to_x, to_y = width / job.width, height / job.height
+
+    def point(x: float, y: float) -> tuple[float, float]:
+        return min(max(x * to_x, 0.0), float(width)), min(max(y * to_y, 0.0), float(height))
+
+    clicks, box = [], None
+    for click in job.prompts.clicks:
+        x, y = point(click.x, click.y)
+        clicks.append(Click(x=x, y=y, positive=click.positive))
+    if job.prompts.box is not None:
+        (x0, y0), (x1, y1) = (
+            point(job.prompts.box.x0, job.prompts.box.y0),
+            point(job.prompts.box.x1, job.prompts.box.y1),
+        )
+        if x0 >= x1 or y0 >= y1:
+            raise JobError("The box has no area inside the image.", "Draw the box on the image.", 422)
+        box = Box(x0=x0, y0=y0, x1=x1, y1=y1)
+    if not clicks and box is None:
+        raise JobError("There is no click and no box.", "Click on the object, or draw a box around it.", 422)
+    return Prompts(clicks=tuple(clicks), box=box)
+
+
+def _in_job(proposal: Proposal | None, job: SegmentJob, embedding: Embedding) -> Proposal | None:
+    """A proposal in pixels of the job."""
+    height, width = embedding.original_size
+    if proposal is None or (height, width) == (job.height, job.width):
+        return proposal
+    return proposal.model_copy(update={"x": proposal.x * job.width / width, "y": proposal.y * job.height / height})
