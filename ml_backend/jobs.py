@@ -1,0 +1,240 @@
+"""One way to have a click answered, two places to do it: this process, or workers behind Redis."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import logging
+import queue
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from ml_backend.settings import Settings
+from worker import contract
+from worker.contract import EmbedJob, Failure, ImageRef, Queue, RuntimeOptions, SegmentJob, SegmentResult
+
+log = logging.getLogger(__name__)
+
+#: Clicks that may wait at once; more annotators than a worker can serve are told so instead of waiting for nothing.
+MAX_WAITING = 64
+#: Images that may wait to be encoded ahead; more are dropped, for they cost only the time they would have saved.
+MAX_EMBED_WAITING = 256
+
+_ANSWER: TypeAdapter[SegmentResult | Failure] = TypeAdapter(SegmentResult | Failure)
+
+
+class JobFailed(Exception):  # noqa: N818 (a name others catch)
+    """A click that got no mask. `error`: what is wrong, `hint`: what to do, `status`: HTTP status, `retry_after`: s."""
+
+    def __init__(self, error: str, hint: str, status: int = 500, retry_after: int | None = None) -> None:
+        super().__init__(f"{error} {hint}")
+        self.error = error
+        self.hint = hint
+        self.status = status
+        self.retry_after = retry_after
+
+
+class Runner(Protocol):
+    """Who does the work. All methods may be called from many threads at once."""
+
+    def segment(self, job: SegmentJob, *, deadline_s: float) -> SegmentResult:
+        """Answer of one click, waited for at most `deadline_s`. Raises JobFailed. A later click of the same session
+        ends one that has not begun."""
+
+    def embed(self, job: EmbedJob) -> None:
+        """Encode images ahead, in the background; returns at once, and raises nothing."""
+
+    def status(self) -> dict[str, Any]:
+        """`runner`, `queues` (waiting jobs by queue), `workers`, `running` (job, age in seconds)."""
+
+    def close(self) -> None:
+        """Take no more work; what runs is not waited for."""
+
+
+def make_runner(settings: Settings) -> Runner:
+    """`RqRunner` where the settings name a Redis, else `InProcessRunner`."""
+    if settings.redis_url:
+        from ml_backend.rq_runner import RqRunner
+
+        return RqRunner(settings.redis_url.get_secret_value())
+    return InProcessRunner(settings.runtime_options())
+
+
+def image_key(image: ImageRef) -> str:
+    """Short name of an image reference, the same in every process."""
+    return hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
+
+
+def to_result(answer: Any) -> SegmentResult:
+    """What `segment` returned, checked. Raises JobFailed for a Failure and for anything else."""
+    try:
+        message = _ANSWER.validate_python(answer)
+    except ValidationError as error:
+        raise worker_failed(f"an answer that is no SegmentResult ({error.error_count()} errors)") from error
+    if isinstance(message, Failure):
+        raise JobFailed(message.error, message.hint, message.status)
+    return message
+
+
+def worker_failed(reason: object, job_id: str | None = None) -> JobFailed:
+    """The answer to what nobody foresaw: the client gets a name to look for, the log gets the reason."""
+    job_id = job_id or uuid.uuid4().hex[:12]
+    log.error("job %s failed: %s", job_id, reason)
+    return JobFailed("The worker failed on this click.", f"The reason is in the worker's log; look for {job_id}.", 500)
+
+
+def superseded() -> JobFailed:
+    return JobFailed("This click was superseded by a later click.", "Nothing to do: the later click is answered.", 409)
+
+
+def too_many(retry_after: int = 2) -> JobFailed:
+    return JobFailed(
+        "Too many clicks are waiting.", "Click again in a moment, or start more workers.", 503, retry_after
+    )
+
+
+def too_late(deadline_s: float) -> JobFailed:
+    return JobFailed(
+        f"No answer within {deadline_s:g} s.",
+        "Click again; if it stays slow, use a smaller backbone, a GPU, or more workers.",
+        504,
+    )
+
+
+@dataclass(order=True)
+class _Task:
+    """One call of a job function, ordered by its queue, then by age."""
+
+    priority: int
+    number: int
+    function: str = field(compare=False)
+    argument: dict[str, Any] = field(compare=False)
+    key: str = field(compare=False)
+    done: threading.Event = field(default_factory=threading.Event, compare=False)
+    answer: Any = field(default=None, compare=False)
+    error: JobFailed | None = field(default=None, compare=False)
+    dropped: bool = field(default=False, compare=False)
+
+
+_PRIORITY = {name: number for number, name in enumerate(Queue)}
+
+
+class InProcessRunner:
+    """Runs the job functions of `worker.tasks` on one thread of this process, clicks before images to encode ahead.
+
+    One thread, because the model is one: a click waits for at most one image that is being encoded. Imports the worker
+    when the first job comes, so the web process starts without torch.
+    """
+
+    def __init__(self, options: RuntimeOptions, *, max_waiting: int = MAX_WAITING) -> None:
+        self._options = options
+        self._max_waiting = max_waiting
+        self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._waiting: dict[str, _Task] = {}  # by session, or by image
+        self._running: tuple[_Task, float] | None = None
+        self._configured = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="bald-sam-model", daemon=True)
+        self._thread.start()
+
+    def segment(self, job: SegmentJob, *, deadline_s: float) -> SegmentResult:
+        key = f"{Queue.INTERACTIVE}:{job.session}"
+        task = self._task(Queue.INTERACTIVE, contract.SEGMENT, job.model_dump(mode="json"), key)
+        with self._lock:
+            if self._closed:
+                raise JobFailed("The service is stopping.", "Click again in a moment.", 503, 5)
+            older = self._waiting.pop(key, None)
+            if older is not None:
+                self._drop(older, superseded())
+            elif sum(other.priority == task.priority for other in self._waiting.values()) >= self._max_waiting:
+                raise too_many()
+            self._waiting[key] = task
+        self._tasks.put(task)
+        if not task.done.wait(deadline_s):
+            with self._lock:
+                self._drop(task, too_late(deadline_s))
+                if self._waiting.get(key) is task:
+                    del self._waiting[key]
+            raise too_late(deadline_s)
+        if task.error is not None:
+            raise task.error
+        return to_result(task.answer)
+
+    def embed(self, job: EmbedJob) -> None:
+        for image in job.images:
+            key = f"{Queue.EMBED}:{image_key(image)}"
+            argument = EmbedJob(images=(image,)).model_dump(mode="json")
+            with self._lock:
+                running = self._running is not None and self._running[0].key == key
+                if self._closed or running or key in self._waiting:
+                    continue
+                if sum(key.startswith(Queue.EMBED) for key in self._waiting) >= MAX_EMBED_WAITING:
+                    log.info("too many images wait to be encoded; one more is left for its first click")
+                    continue
+                task = self._task(Queue.EMBED, contract.EMBED, argument, key)
+                self._waiting[key] = task
+            self._tasks.put(task)
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            keys = list(self._waiting)
+            running = self._running
+        return {
+            "runner": "in-process",
+            "queues": {str(name): sum(key.startswith(f"{name}:") for key in keys) for name in Queue},
+            "workers": [{"name": "in-process", "state": "ready" if self._configured else "idle"}],
+            "running": [{"job": running[0].key, "age_s": time.monotonic() - running[1]}] if running else [],
+        }
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for task in self._waiting.values():
+                self._drop(task, JobFailed("The service is stopping.", "Click again in a moment.", 503, 5))
+            self._waiting.clear()
+        self._tasks.put(self._task(Queue.INTERACTIVE, "", {}, ""))
+
+    def _task(self, name: Queue, function: str, argument: dict[str, Any], key: str) -> _Task:
+        return _Task(_PRIORITY[name], next(self._numbers), function, argument, key)
+
+    @staticmethod
+    def _drop(task: _Task, error: JobFailed) -> None:
+        task.dropped, task.error = True, error
+        task.done.set()
+
+    def _work(self) -> None:
+        while True:
+            task = self._tasks.get()
+            with self._lock:
+                if self._closed:
+                    return
+                if task.dropped:
+                    continue
+                if self._waiting.get(task.key) is task:
+                    del self._waiting[task.key]
+                self._running = (task, time.monotonic())
+            try:
+                task.answer = self._call(task.function, task.argument)
+            except Exception as error:
+                log.exception("%s failed", task.function)
+                task.error = worker_failed(repr(error))
+            with self._lock:
+                self._running = None
+            task.done.set()
+
+    def _call(self, function: str, argument: dict[str, Any]) -> Any:
+        if function not in contract.JOB_FUNCTIONS:
+            raise ValueError(f"{function} is not a job function")
+        if not self._configured:
+            importlib.import_module("worker.runtime").configure(self._options)
+            self._configured = True
+        module, _, name = function.rpartition(".")
+        return getattr(importlib.import_module(module), name)(argument)

@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from rq import Queue as RqQueue
+from rq.serializers import JSONSerializer
+
+from ml_backend import rq_runner
+from ml_backend.jobs import JobFailed
+from ml_backend.rq_runner import RqRunner
+from worker import rq_worker
+from worker.contract import Click, EmbedJob, ImageRef, Prompts, SegmentJob
+
+SCRIPT = Path(__file__).with_name("queue_worker.py")
+ROOT = SCRIPT.parents[2]
+
+
+def click(session: str, x: float = 7.0) -> SegmentJob:
+    return SegmentJob(
+        image=ImageRef(url="a.png"), width=4, height=3, prompts=Prompts(clicks=(Click(x=x, y=1),)), session=session
+    )
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def refusal(call: Callable[[], Any]) -> JobFailed:
+    with pytest.raises(JobFailed) as caught:
+        call()
+    return caught.value
+
+
+class Workers:
+    """Real worker processes of one test."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, url: str | None = None) -> subprocess.Popen[bytes]:
+        with (self.folder / f"worker-{len(self.processes)}.log").open("wb") as log:
+            command = [sys.executable, str(SCRIPT), url or self.url]
+            process = subprocess.Popen(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("worker-*.log")))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
+    started = Workers(redis_url, tmp_path)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def runner(redis_url: str) -> Iterator[RqRunner]:
+    made = RqRunner(redis_url)
+    yield made
+    made.close()
+
+
+def ready(runner: RqRunner, count: int) -> None:
+    until(lambda: [worker["state"] for worker in runner.status()["workers"]] == ["ready"] * count)
+
+
+def carried(runner: RqRunner) -> list[dict[str, Any]]:
+    running: list[dict[str, Any]] = runner.status()["running"]
+    return running
+
+
+def pid_of(name: str) -> int:
+    return int(name.split("-")[-2])
+
+
+def test_both_sides_use_the_same_keys() -> None:
+    assert (rq_runner.WORKERS_KEY, rq_runner.WORKER_KEY) == (rq_worker.WORKERS_KEY, rq_worker.WORKER_KEY)
+
+
+def test_a_click_is_answered_and_hops_are_short(
+    runner: RqRunner, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers.start()
+    ready(runner, 1)
+    times = []
+    for x in range(120):
+        start = time.perf_counter()
+        assert runner.segment(click("a", x), deadline_s=10).area == x
+        times.append((time.perf_counter() - start) * 1e3)
+    times.sort()
+    with capsys.disabled():
+        sys.stdout.write(f"\nhop over RQ: p50 {times[60]:.1f} ms, p95 {times[114]:.1f} ms\n")
+    assert runner.status()["queues"]["interactive"] == 0
+
+
+def test_failures_are_told_in_words(runner: RqRunner, workers: Workers) -> None:
+    workers.start()
+    ready(runner, 1)
+    failed = refusal(lambda: runner.segment(click("fail"), deadline_s=10))
+    assert (failed.error, failed.hint, failed.status) == ("No.", "Try this.", 422)
+    failed = refusal(lambda: runner.segment(click("raise"), deadline_s=10))
+    assert failed.status == 500
+    assert "secret" not in failed.error + failed.hint
+    assert failed.hint.rstrip(".").split()[-1] in workers.logs()
+    assert "a secret of the worker" in workers.logs()
+    assert runner.segment(click("next"), deadline_s=10).area == 7
+
+
+def test_a_later_click_drops_the_waiting_one_at_once(runner: RqRunner, workers: Workers) -> None:
+    workers.start()
+    ready(runner, 1)
+    with ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(runner.segment, click("sleep:1.5"), deadline_s=20)
+        until(lambda: carried(runner))
+        older = pool.submit(runner.segment, click("s", 1), deadline_s=20)
+        until(lambda: runner.status()["queues"]["interactive"] == 1)
+        other = pool.submit(runner.segment, click("t", 3), deadline_s=20)
+        until(lambda: runner.status()["queues"]["interactive"] == 2)
+        newer = pool.submit(runner.segment, click("s", 2), deadline_s=20)
+        assert refusal(older.result).status == 409
+        assert not busy.done()
+        assert (newer.result().area, other.result().area, busy.result().area) == (2, 3, 7)
+
+
+def test_a_late_click_is_refused_and_leaves_the_queue(runner: RqRunner, workers: Workers) -> None:
+    workers.start()
+    ready(runner, 1)
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(runner.segment, click("sleep:1.5"), deadline_s=20)
+        until(lambda: carried(runner))
+        assert refusal(lambda: runner.segment(click("s"), deadline_s=0.4)).status == 504
+        assert runner.status()["queues"]["interactive"] == 0
+        busy.result()
+
+
+def test_a_full_queue_says_when_to_come_back(redis_url: str, workers: Workers) -> None:
+    runner = RqRunner(redis_url, max_waiting=1)
+    workers.start()
+    ready(runner, 1)
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(runner.segment, click("sleep:1"), deadline_s=20)
+        until(lambda: carried(runner))
+        waiting = pool.submit(runner.segment, click("s"), deadline_s=20)
+        until(lambda: runner.status()["queues"]["interactive"] == 1)
+        failed = refusal(lambda: runner.segment(click("t"), deadline_s=20))
+        assert failed.status == 503
+        assert failed.retry_after
+        assert waiting.result().area == 7
+    runner.close()
+
+
+def test_kill_in_mid_click_is_answered_by_another_worker(
+    runner: RqRunner, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers.start()
+    workers.start()
+    ready(runner, 2)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(runner.segment, click("sleep:0.8"), deadline_s=30)
+        until(lambda: carried(runner))
+        victim = pid_of(carried(runner)[0]["worker"])
+        process = next(process for process in workers.processes if process.pid == victim)
+        process.kill()
+        killed = time.perf_counter()
+        result = answer.result()
+        with capsys.disabled():
+            sys.stdout.write(f"\nanswered {time.perf_counter() - killed:.2f} s after the kill (0.8 s of it the job)\n")
+    assert result.area == 7
+    assert result.model_version != str(victim)
+
+
+def test_a_job_that_kills_workers_is_not_tried_for_ever(runner: RqRunner, workers: Workers) -> None:
+    for _ in range(4):
+        workers.start()
+    ready(runner, 4)
+    failed = refusal(lambda: runner.segment(click("die"), deadline_s=60))
+    assert failed.status == 503
+    assert "3 times" in failed.error
+    until(lambda: len(runner.status()["workers"]) == 1)
+    assert runner.segment(click("next"), deadline_s=10).area == 7
+
+
+def test_no_worker_is_said_quickly_and_heals(
+    runner: RqRunner, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers.start()
+    ready(runner, 1)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(runner.segment, click("sleep:30"), deadline_s=60)
+        until(lambda: carried(runner))
+        workers.processes[0].kill()
+        killed = time.perf_counter()
+        failed = refusal(answer.result)
+    with capsys.disabled():
+        sys.stdout.write(f"\nrefused {time.perf_counter() - killed:.2f} s after the kill of the only worker\n")
+    assert failed.status == 503
+    assert "bald-sam worker" in failed.hint
+    assert failed.retry_after
+    assert refusal(lambda: runner.segment(click("b"), deadline_s=60)).status == 503
+    assert runner.status()["queues"]["interactive"] == 0
+    workers.start()
+    ready(runner, 1)
+    assert runner.segment(click("c"), deadline_s=10).area == 7
+
+
+def test_a_job_taken_but_never_started_is_found(runner: RqRunner, workers: Workers, redis_url: str) -> None:
+    """A worker killed between taking a job and starting it leaves no trace: play it by taking the job out."""
+    process = workers.start()
+    ready(runner, 1)
+    with redis.Redis.from_url(redis_url) as client, ThreadPoolExecutor(1) as pool:
+        process.send_signal(signal.SIGSTOP)  # takes nothing while it is stopped
+        answer = pool.submit(runner.segment, click("a"), deadline_s=30)
+        key = runner._queues[rq_runner.Queue.INTERACTIVE].key
+        taken = client.blpop([key], 5)
+        process.send_signal(signal.SIGCONT)
+        assert answer.result().area == 7 or taken is not None
+
+
+def test_sigterm_finishes_the_running_job(runner: RqRunner, workers: Workers) -> None:
+    process = workers.start()
+    ready(runner, 1)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(runner.segment, click("sleep:1"), deadline_s=30)
+        until(lambda: carried(runner))
+        process.terminate()
+        assert answer.result().area == 7
+    assert process.wait(10) == 0
+    assert runner.status()["workers"] == []
+
+
+def test_embeds_are_done_once_and_never_raise(runner: RqRunner, workers: Workers, tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    job = EmbedJob(images=(ImageRef(url=f"note:{note}"),))
+    for _ in range(5):
+        runner.embed(job)
+    assert runner.status()["queues"]["embed"] == 1
+    workers.start()
+    until(note.exists)
+    until(lambda: not carried(runner))
+    assert note.read_text() == "embedded\n"
+    runner.embed(EmbedJob(images=tuple(ImageRef(url=str(i)) for i in range(1000))))
+    assert runner.status()["queues"]["embed"] == 0
+
+
+def test_clicks_go_before_images_to_encode(runner: RqRunner, workers: Workers) -> None:
+    for i in range(20):
+        runner.embed(EmbedJob(images=(ImageRef(url="sleep:0.2", task=i),)))
+    workers.start()
+    until(lambda: carried(runner))
+    assert runner.segment(click("a"), deadline_s=20).area == 7
+    assert runner.status()["queues"]["embed"] > 10
+
+
+class Redis:
+    """A Redis of one test that can be killed and started again, empty."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self.command = ["redis-server", "--port", str(port), "--dir", str(folder), "--save", "", "--appendonly", "no"]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        with redis.Redis.from_url(self.url) as client:
+
+            def up() -> bool:
+                try:
+                    return bool(client.ping())
+                except redis.RedisError:
+                    return False
+
+            until(up)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Redis]:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = Redis(probe.getsockname()[1], tmp_path)
+    yield server
+    server.kill()
+
+
+def test_redis_later_than_the_worker_gone_and_back_empty(own_redis: Redis, tmp_path: Path) -> None:
+    workers = Workers(own_redis.url, tmp_path)
+    runner = RqRunner(own_redis.url)
+    try:
+        worker = workers.start()
+        failed = refusal(lambda: runner.segment(click("a"), deadline_s=10))
+        assert (failed.status, "BALD_SAM_REDIS_URL" in failed.hint) == (503, True)
+        runner.embed(EmbedJob(images=(ImageRef(url="x"),)))
+        assert "error" in runner.status()
+        until(lambda: "Redis does not answer" in workers.logs())
+        own_redis.start()
+        ready(runner, 1)
+        assert runner.segment(click("a"), deadline_s=10).area == 7
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(runner.segment, click("sleep:1"), deadline_s=40)
+            until(lambda: carried(runner))
+            own_redis.kill()
+            restart = threading.Timer(1.0, own_redis.start)
+            restart.start()
+            assert answer.result().area == 7
+            restart.join()
+        ready(runner, 1)
+        assert runner.segment(click("b"), deadline_s=10).area == 7
+        assert worker.poll() is None
+        assert workers.logs().count("Redis does not answer") <= 2
+    finally:
+        workers.stop()
+        runner.close()
+
+
+def test_functions_off_the_list_are_never_imported(
+    runner: RqRunner, workers: Workers, redis_url: str, tmp_path: Path
+) -> None:
+    workers.start()
+    ready(runner, 1)
+    mark = tmp_path / "mark"
+    with redis.Redis.from_url(redis_url) as client:
+        json_queue = RqQueue("interactive", connection=client, serializer=JSONSerializer)
+        pickle_queue = RqQueue("interactive", connection=client)
+        jobs = [
+            json_queue.enqueue_call("os.system", args=(f"touch {mark}",)),
+            json_queue.enqueue_call("antigravity.fly"),
+            pickle_queue.enqueue_call("os.system", args=(f"touch {mark}",)),
+        ]
+        until(lambda: all(job.get_status(refresh=True) == "failed" for job in jobs))
+        hook = json_queue.enqueue_call("worker.tasks.segment", args=(click("raise").model_dump(mode="json"),))
+        until(lambda: hook.get_status(refresh=True) == "failed")
+        poisoned = json_queue.create_job("worker.tasks.segment", args=(click("fail").model_dump(mode="json"),))
+        poisoned._success_callback_name = poisoned._failure_callback_name = "antigravity.fly"
+        json_queue.enqueue_job(poisoned)
+        until(lambda: poisoned.get_status(refresh=True) == "finished")
+    assert not mark.exists()
+    assert workers.logs().count("refused: ") == 3
+    assert runner.segment(click("a"), deadline_s=10).area == 7

@@ -1,0 +1,238 @@
+"""A worker process: keeps the model loaded and takes jobs from Redis, one at a time.
+
+A thread tells Redis every fraction of a second that the process lives, and which job it carries; see
+`ml_backend.rq_runner` for who reads that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq import SimpleWorker
+from rq.exceptions import StopRequested
+from rq.serializers import JSONSerializer
+
+from worker.contract import JOB_FUNCTIONS, Queue, RuntimeOptions
+
+log = logging.getLogger(__name__)
+
+WORKERS_KEY = "bald-sam:workers"
+WORKER_KEY = "bald-sam:worker:"
+#: A sign of life every BEAT_S; without one the worker counts as dead after ALIVE_MS.
+BEAT_S = 0.4
+ALIVE_MS = 1200
+#: RQ's own bookkeeping, seconds: how long its record of a worker lives, and how often it looks for lost jobs.
+WORKER_TTL_S = 30
+MAINTENANCE_S = 30
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 2.0
+
+
+class Heartbeat:
+    """Says from a thread of its own that this process lives, even while a job keeps the main thread busy."""
+
+    def __init__(self, redis_url: str, name: str, queues: Sequence[str]) -> None:
+        self._redis = redis.Redis.from_url(
+            redis_url, socket_connect_timeout=1.0, socket_timeout=1.0, retry=Retry(NoBackoff(), 1)
+        )
+        self._name = name
+        self._queues = list(queues)
+        self._state = "starting"
+        self._job: str | None = None
+        self._since = time.monotonic()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="bald-sam-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ready(self) -> None:
+        self._state = "ready"
+
+    def carry(self, job_id: str | None) -> None:
+        """Say at once, not with the next beat, which job is carried now."""
+        self._job, self._since = job_id, time.monotonic()
+        self._beat()
+
+    def stop(self) -> None:
+        """The worker leaves: let nobody wait for its key to expire."""
+        self._stop.set()
+        self._thread.join(5)
+        try:
+            self._redis.delete(WORKER_KEY + self._name)
+            self._redis.srem(WORKERS_KEY, self._name)
+        except redis.RedisError:
+            log.debug("Redis is away: the worker's key expires by itself")
+        self._redis.close()
+
+    def _beat(self) -> None:
+        with self._lock:
+            age = time.monotonic() - self._since
+            value = {
+                "queues": self._queues,
+                "state": self._state,
+                "job": self._job,
+                "age_s": round(age, 3) if self._job else None,
+            }
+            try:
+                with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.set(WORKER_KEY + self._name, json.dumps(value), px=ALIVE_MS)
+                    pipe.sadd(WORKERS_KEY, self._name)
+                    pipe.execute()
+            except redis.RedisError as error:
+                log.debug("no sign of life: %s", type(error).__name__)
+
+    def _run(self) -> None:
+        while True:
+            self._beat()
+            if self._stop.wait(BEAT_S):
+                return
+
+
+class ModelWorker(SimpleWorker):
+    """RQ worker in one process, which runs nothing but functions of the allow-list and says what it carries."""
+
+    log_result_lifespan = False
+    max_connection_wait_time = LONGEST_WAIT_S
+
+    def __init__(self, *args: Any, functions: Iterable[str], heartbeat: Heartbeat, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._functions = frozenset(functions)
+        self._heartbeat = heartbeat
+        self.stop_requested = False
+
+    def subscribe(self) -> None:
+        """No commands over Redis: whoever can write there need not be able to stop workers."""
+
+    def unsubscribe(self) -> None:
+        """Nothing was subscribed."""
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        self.stop_requested = True
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+    def execute_job(self, job: Any, queue: Any) -> None:
+        self._heartbeat.carry(job.id)
+        try:
+            super().execute_job(job, queue)
+        finally:
+            self._heartbeat.carry(None)
+
+    def perform_job(self, job: Any, queue: Any, execution: Any) -> bool:
+        """Run the job, if it is one of ours. Nothing that it names is imported before that is known."""
+        # Redis may name functions to call afterwards and addresses to post to as well; our jobs have neither.
+        job._success_callback_name = job._failure_callback_name = job._stopped_callback_name = None
+        job.webhooks = []
+        reason = self._refusal(job)
+        if reason is None:
+            done: bool = super().perform_job(job, queue, execution)
+            return done
+        log.error("job %s refused: %s", job.id, reason)
+        job.ended_at = job.created_at
+        self.handle_job_failure(
+            job=job,
+            queue=queue,
+            started_job_registry=queue.started_job_registry,
+            exc_string=f"refused: {reason}",
+            execution=execution,
+        )
+        return False
+
+    def _refusal(self, job: Any) -> str | None:
+        try:
+            name, instance = job.func_name, job.instance
+        except Exception as error:  # whatever the bytes are, they are not ours
+            return f"its payload is not JSON ({type(error).__name__})"
+        if instance is not None or not isinstance(name, str) or name not in self._functions:
+            return f"{str(name)[:200]!r} is not a function that a worker may run"
+        return None
+
+
+def work(
+    options: RuntimeOptions,
+    queues: Sequence[str] | None = None,
+    *,
+    burst: bool = False,
+    name: str | None = None,
+    functions: Iterable[str] = JOB_FUNCTIONS,
+) -> None:
+    """Take jobs until SIGTERM or SIGINT (the running job is finished) or, with `burst`, until the queues are empty.
+
+    Loads the model first. Waits for a Redis that is not up yet, and survives one that goes away. Main thread only.
+    Raises ValueError without a Redis URL.
+    """
+    if options.redis_url is None:
+        raise ValueError("A worker needs a Redis: set BALD_SAM_REDIS_URL or give --redis-url.")
+    url = options.redis_url.get_secret_value()
+    names = [str(queue) for queue in queues or Queue]
+    # A name of its own for every start: RQ refuses one that a killed worker has left behind.
+    unique = f"{name or socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    _wait_for(url)
+    heartbeat = Heartbeat(url, unique, names)
+    heartbeat.start()
+    try:
+        runtime = importlib.import_module("worker.runtime")
+        runtime.configure(options)
+        warm_up = getattr(runtime.runtime(), "warm_up", None) if hasattr(runtime, "runtime") else None
+        if warm_up is not None:
+            warm_up()
+        heartbeat.ready()
+        log.info("worker %s takes jobs from %s", unique, ", ".join(names))
+        for life in range(1, 1 << 31):
+            worker = ModelWorker(
+                names,
+                name=f"{unique}-{life}",
+                connection=redis.Redis.from_url(url),
+                serializer=JSONSerializer,
+                worker_ttl=WORKER_TTL_S,
+                maintenance_interval=MAINTENANCE_S,
+                log_job_description=False,  # it would hold image URLs with their signatures
+                functions=functions,
+                heartbeat=heartbeat,
+            )
+            try:
+                worker.work(burst=burst, logging_level="WARNING")
+            except redis.RedisError as error:
+                log.warning("Redis went away (%s)", type(error).__name__)
+            except StopRequested:  # a signal between two lives
+                return
+            if burst or worker.stop_requested:
+                return
+            time.sleep(FIRST_WAIT_S)
+            _wait_for(url)
+    finally:
+        heartbeat.stop()
+
+
+def _wait_for(url: str) -> None:
+    """Return when Redis answers. Says once that it does not."""
+    wait = 0.0
+    client = redis.Redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
+    with client:
+        while True:
+            try:
+                client.ping()
+            except redis.AuthenticationError:
+                raise
+            except redis.RedisError as error:
+                if not wait:
+                    log.warning("Redis does not answer (%s); trying again until it does", type(error).__name__)
+                wait = min(LONGEST_WAIT_S, wait * 2 or FIRST_WAIT_S)
+                time.sleep(wait)
+            else:
+                if wait:
+                    log.warning("Redis answers again")
+                return
