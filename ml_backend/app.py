@@ -155,7 +155,7 @@ def _add_hooks(app: Flask, settings: Settings, metrics: Metrics) -> None:
         if status == 401:
             response.headers["WWW-Authenticate"] = 'Basic realm="bald-sam"'
         if status == 503:
-            response.headers["Retry-After"] = "2"
+            response.headers["Retry-After"] = str(getattr(exc, "retry_after", None) or 2)
         return response
 
 

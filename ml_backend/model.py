@@ -179,7 +179,7 @@ def _image(task: dict[str, Any], config: LabelingConfig, project: int | None, pa
 
 
 def _from_request(name: str) -> Any:
-    """A field of the request body: label-studio-ml 1.0.9 does not hand it on, and its model may be another project's."""
+    """A field of the body: label-studio-ml 1.0.9 does not hand it on, and its model may be another project's."""
     if not flask.has_request_context():
         return None
     body = flask.request.get_json(silent=True)

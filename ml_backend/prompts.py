@@ -38,7 +38,7 @@ class Session:
 def image_name(context: Any) -> str | None:
     """Name of the image control that the newest prompt is on; None where there is no prompt."""
     for entry in reversed(_entries(context)):
-        if isinstance(entry, dict) and ("is_positive" in entry or entry.get("type") in BOX_TAGS):
+        if isinstance(entry, dict) and ("is_positive" in entry or str(entry.get("type")) in BOX_TAGS):
             name = entry.get("to_name")
             return name if isinstance(name, str) else None
     return None
@@ -103,7 +103,7 @@ def _is_prompt(entry: dict[str, Any], config: LabelingConfig, controls: dict[str
     control = controls.get(from_name) if isinstance(from_name, str) else None
     if control is None or entry.get("to_name") != config.image:
         return False
-    kind = entry.get("type")
+    kind = str(entry.get("type"))
     if control in config.boxes:
         return kind in BOX_TAGS
     # Keypoints accepted earlier and those of plain tools come along without `is_positive`.
