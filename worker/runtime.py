@@ -86,7 +86,7 @@ def configure(options: RuntimeOptions) -> None:
 
 def runtime() -> Runtime:
     """The runtime of this process. Raises NotConfiguredError before `configure`."""
-    global _runtime
+    global _runtime  # noqa: PLW0603 - one runtime for each process is the point
     with _lock:
         if _options is None:
             raise NotConfiguredError("The worker was not configured; start it with `bald-sam worker`.")
