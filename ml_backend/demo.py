@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import signal
-import threading
+import subprocess
+import sys
 import time
 import webbrowser
 from collections.abc import Iterator
@@ -18,14 +20,15 @@ from typing import Any
 
 import click
 import requests
-from pydantic import SecretStr, ValidationError
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from ml_backend import label_studio
+from ml_backend import label_studio, processes
+from ml_backend.cli import load_settings
 from ml_backend.demo_pictures import pictures_in, sample_pictures
 from ml_backend.label_studio import LabelStudioApi, LabelStudioError, LabelStudioServer
+from ml_backend.labeling_config import recommended_config
 from ml_backend.settings import Settings
 
 EMAIL = "demo@example.com"
@@ -81,19 +84,19 @@ def demo(
     reset: bool,
 ) -> None:
     """Try it: starts Label Studio with a sample project and the backend, and prints one address to open."""
-    given = {"data_dir": data_dir, "backbone": backbone, "device": device}
+    settings = load_settings(data_dir=data_dir, backbone=backbone, device=device)
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
         with contextlib.ExitStack() as running, _stop_signals():
-            address, server = _start(running, settings, images, port, label_studio_port, reset=reset)
+            address, server, backend = _start(running, settings, images, port, label_studio_port, reset=reset)
             if not no_browser:
                 webbrowser.open(address)
-            while server.poll() is None:
+            while server.runs() and backend.runs():
                 time.sleep(0.5)
-            raise LabelStudioError(f"Label Studio ended by itself (log: {server.log})")
+            ended, log = ("The backend", backend.log) if server.runs() else ("Label Studio", server.log)
+            raise LabelStudioError(f"{ended} ended by itself: {processes.last_words(log)} (log: {log})")
     except (KeyboardInterrupt, SystemExit):
         console.print("Stopped; nothing is left running. Your annotations are kept for the next start.")
-    except (LabelStudioError, FileNotFoundError, ValidationError, OSError) as error:
+    except (LabelStudioError, OSError) as error:
         raise _Refusal(str(error)) from error
     except ModuleNotFoundError as error:
         raise _Refusal(f"The package {error.name} is missing: pip install 'bald-sam[worker,evaluate]'.") from error
@@ -105,10 +108,10 @@ class _Refusal(click.ClickException):
 
 def _start(
     running: contextlib.ExitStack, settings: Settings, images: Path | None, port: int, page_port: int, *, reset: bool
-) -> tuple[str, LabelStudioServer]:
-    """Start everything, each part stopped by `running`; print what to press; return the address and Label Studio."""
+) -> tuple[str, LabelStudioServer, Backend]:
+    """Start everything, each part stopped by `running`; print what to press; return the address and what runs."""
     for number, option in ((port, "--port"), (page_port, "--label-studio-port")):
-        if not label_studio.port_is_free(number):
+        if not processes.port_is_free(number):
             raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
     home = settings.data_dir.absolute() / "demo"
     if reset and home.exists():
@@ -134,52 +137,97 @@ def _start(
         _done(f"Label Studio {label_studio.VERSION} answers on {server.url}")
 
         status.update("Starting the backend")
-        backend_url = f"http://127.0.0.1:{port}"
-        served = settings.model_copy(
-            update={
-                "redis_url": None,
-                "basic_auth_user": None,
-                "basic_auth_pass": None,
-                "token": None,
-                "label_studio_url": server.url,
-                "label_studio_api_key": SecretStr(state.token),
-            }
-        )
-        running.enter_context(_backend(served, port))
-        _done(f"The backend answers on {backend_url} (backbone {served.backbone}, device {served.device})")
+        backend = Backend(settings, home=home, port=port, label_studio_url=server.url, token=state.token)
+        running.enter_context(backend)
 
         status.update("Preparing the project")
         api = LabelStudioApi(server.url, state.token)
         project = _project(api, state, images, pictures)
-        _connect(api, project, backend_url)
+        _connect(api, project, backend.url)
         tasks = api.tasks(project)
         _done(f"{len(tasks)} pictures in the project")
-        _warm(backend_url, project, tasks)
+        status.update("Trying a first click")
+        backend.try_a_click(tasks[0]["data"]["image"], recommended_config(LABELS))
+        _done(f"The backend answers on {backend.url} (backbone {settings.backbone}, device {settings.device})")
         running.callback(console.print, "Stopping ...")
     address = f"{server.url}/projects/{project}/data?task={_first_open(tasks)['id']}"
     console.print(_panel(address, state))
-    return address, server
+    return address, server, backend
 
 
 def _done(text: str) -> None:
     console.print(f"[green]✓[/green] {text}")
 
 
-@contextlib.contextmanager
-def _backend(settings: Settings, port: int) -> Iterator[None]:
-    """The web application and its model in this process, served from a thread."""
-    from waitress.server import create_server
+class Backend:
+    """`bald-sam serve` on this machine, working in its own process: no Redis, no credentials, nothing from outside."""
 
-    from ml_backend.app import create_app
+    def __init__(self, settings: Settings, *, home: Path, port: int, label_studio_url: str, token: str) -> None:
+        self.settings = settings
+        self.home = home
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = home / "backend.log"
+        self._environment = os.environ | {
+            "BALD_SAM_DATA_DIR": str(settings.data_dir.absolute()),
+            "BALD_SAM_BACKBONE": settings.backbone,
+            "BALD_SAM_CHECKPOINT": str(settings.checkpoint or ""),
+            "BALD_SAM_DEVICE": settings.device,
+            "BALD_SAM_HEAD": settings.head,
+            "BALD_SAM_STRATEGY": settings.strategy,
+            "BALD_SAM_REDIS_URL": "",
+            "LABEL_STUDIO_URL": label_studio_url,
+            "LABEL_STUDIO_API_KEY": token,
+        }
+        for name in ("BALD_SAM_BASIC_AUTH_USER", "BALD_SAM_BASIC_AUTH_PASS", "BALD_SAM_TOKEN"):
+            self._environment.pop(name, None)
+        self._process: subprocess.Popen[bytes] | None = None
 
-    server = create_server(create_app(settings), host="127.0.0.1", port=port, threads=8)
-    thread = threading.Thread(target=server.run, name="backend", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.close()
-        thread.join(5)
+    def __enter__(self) -> Backend:
+        command = [sys.executable, "-m", "ml_backend.cli", "serve", "--port", str(self.port)]
+        self._process = processes.start(command, env=self._environment, cwd=self.home, log=self.log)
+        while not self._answers():
+            if not self.runs():
+                raise LabelStudioError(f"The backend stopped: {processes.last_words(self.log)} (log: {self.log})")
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            processes.stop(self._process)
+
+    def runs(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def try_a_click(self, image: str, label_config: str) -> None:
+        """One click in the middle of an image, as project 0: the page would not say why a first click fails."""
+        prompt = {
+            "id": "trial",
+            "type": "keypoint",
+            "from_name": "kp",
+            "to_name": "image",
+            "original_width": 64,
+            "original_height": 64,
+            "is_positive": True,
+            "value": {"x": 50.0, "y": 50.0, "width": 0.5},
+        }
+        body = {
+            "tasks": [{"id": 0, "data": {"image": image}}],
+            "project": "0.0",
+            "label_config": label_config,
+            "params": {"context": {"result": [prompt]}},
+        }
+        answer = requests.post(f"{self.url}/predict", json=body, timeout=600)
+        if not answer.ok:
+            words = answer.json()
+            raise LabelStudioError(f"A first click failed: {words.get('error')} {words.get('hint')} (log: {self.log})")
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=2).ok
+        except requests.RequestException:
+            return False
 
 
 def _project(api: LabelStudioApi, state: State, images: Path | None, pictures: list[Path]) -> int:
@@ -187,12 +235,8 @@ def _project(api: LabelStudioApi, state: State, images: Path | None, pictures: l
     key = str(images.resolve()) if images else SAMPLES
     known = state.projects.get(key)
     if known is None or not _exists(api, known["id"]):
-        from ml_backend.labeling_config import recommended_config
-
         title = f"bald-sam: {images.resolve().name}" if images else "bald-sam: sample pictures"
-        made = api.call(
-            "POST", "/api/projects", json={"title": title[:50], "label_config": recommended_config(list(LABELS))}
-        )
+        made = api.call("POST", "/api/projects", json={"title": title[:50], "label_config": recommended_config(LABELS)})
         known = state.projects[key] = {"id": made["id"], "uploaded": []}
         state.save()
     for picture in pictures:
@@ -222,13 +266,6 @@ def _connect(api: LabelStudioApi, project: int, url: str) -> None:
     api.call("POST", "/api/ml", json=wanted | {"project": project})
 
 
-def _warm(backend_url: str, project: int, tasks: list[dict[str, Any]]) -> None:
-    """Have the first pictures encoded in the background, as Label Studio does when it opens a task."""
-    body = {"tasks": tasks[:4], "project": f"{project}.0", "params": {"context": None}}
-    with contextlib.suppress(requests.RequestException):
-        requests.post(f"{backend_url}/predict", json=body, timeout=60)
-
-
 def _first_open(tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """The first task that is not labelled yet, else the first."""
     return next((task for task in tasks if not task["is_labeled"]), tasks[0])
@@ -241,7 +278,9 @@ def _panel(address: str, state: State) -> Panel:
     lines.add_row("Open", f"[link={address}]{address}[/link]")
     lines.add_row("Log in", f"{state.email}   password [bold]{state.password}[/bold]")
     lines.add_row("")
-    lines.add_row("1", "Switch [bold]Auto-Annotation[/bold] on (bottom of the page), press [bold]M[/bold].")
+    lines.add_row(
+        "1", "Switch [bold]Auto-Annotation[/bold] on at the bottom, click beside the picture, press [bold]M[/bold]."
+    )
     lines.add_row("2", "Click on an object: a mask appears, and a ring where the next click tells the model most.")
     lines.add_row("3", "Click on the [bold]ring[/bold] if it is on the object, [bold]Alt+click[/bold] it if not.")
     lines.add_row("4", "Good? [bold]✓[/bold] at the bottom takes the mask. Next object, or [bold]Submit[/bold].")

@@ -6,28 +6,25 @@ Label Studio pins its own redis, rq and much else, so it never shares an environ
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import requests
+
+from ml_backend import processes
 
 VERSION = "1.23.2"
 LOCK = Path(__file__).with_name("requirements-label-studio.lock")
 
 #: Migrations of the first start take about a minute on two quiet cores; a busy machine gets ten.
 START_LIMIT_S = 600.0
-STOP_LIMIT_S = 10.0
 
 #: A default Label Studio refuses an ML backend on the same machine or network, and calls home.
 SETTINGS = {
@@ -84,43 +81,6 @@ def _run(command: list[str]) -> None:
 # --- process ----------------------------------------------------------------------------------------------------------
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen on this port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def die_with_parent() -> None:
-    """Run in a child before exec: it gets SIGTERM when its parent dies, even by SIGKILL (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process started with `start_new_session=True` and everything it started."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
-        try:
-            process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
 class LabelStudioServer:
     """One running Label Studio with its data in `data_dir`. Its own sqlite, uploads, settings and log are there.
 
@@ -136,7 +96,6 @@ class LabelStudioServer:
         self.url = f"http://127.0.0.1:{port}"
         self.log = data_dir / "label-studio.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._log_file: IO[bytes] | None = None
 
     @property
     def is_new(self) -> bool:
@@ -145,38 +104,34 @@ class LabelStudioServer:
 
     def start(self) -> None:
         """Start, and return when Label Studio answers. Raises LabelStudioError, with the log's end, if it does not."""
-        if not port_is_free(self.port):
+        if not processes.port_is_free(self.port):
             raise LabelStudioError(f"Port {self.port} is taken.")
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._log_file = self.log.open("wb")
-        self._process = subprocess.Popen(  # noqa: S603
-            [str(self.command), "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(self.port)],
+        self._process = processes.start(
+            [self.command, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(self.port)],
             env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log_file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509
+            cwd=self.data_dir,
+            log=self.log,
         )
         deadline = time.monotonic() + START_LIMIT_S
         while not self._answers():
-            if self._process.poll() is not None:
-                raise LabelStudioError(f"Label Studio stopped while starting: {self._last_words()} (log: {self.log})")
+            if not self.runs():
+                raise LabelStudioError(
+                    f"Label Studio stopped while starting: {processes.last_words(self.log)} (log: {self.log})"
+                )
             if time.monotonic() > deadline:
                 self.stop()
                 raise LabelStudioError(f"Label Studio did not start in {START_LIMIT_S:.0f} s (log: {self.log})")
             time.sleep(0.3)
 
-    def poll(self) -> int | None:
-        """Exit status of the process, None while it runs."""
-        return self._process.poll() if self._process else 0
+    def runs(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """Stop it and its children; harmless when it is stopped already."""
         if self._process is not None:
-            stop(self._process)
-        if self._log_file is not None:
-            self._log_file.close()
+            processes.stop(self._process)
 
     def __enter__(self) -> LabelStudioServer:
         try:
@@ -209,10 +164,6 @@ class LabelStudioServer:
             return requests.get(f"{self.url}/health", timeout=2).ok
         except requests.RequestException:
             return False
-
-    def _last_words(self) -> str:
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "no output"
 
 
 # --- API --------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ml_backend import label_studio
+from ml_backend import label_studio, processes
 from ml_backend.label_studio import LabelStudioApi, LabelStudioServer
 
 EMAIL, PASSWORD = "annotator@example.com", "an-annotators-password"
@@ -41,7 +41,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """One Label Studio for the whole run: its first start migrates its database."""
     command = label_studio.ensure_environment(label_studio.default_environment(Path.cwd()))
     folder = tmp_path_factory.mktemp("label-studio")
-    port = label_studio.free_port()
+    port = processes.free_port()
     with LabelStudioServer(command, data_dir=folder, port=port, email=EMAIL, password=PASSWORD) as server:
         token = label_studio.personal_access_token(server.url, EMAIL, PASSWORD)
         yield Studio(server.url, token, LabelStudioApi(server.url, token))
@@ -142,7 +142,7 @@ class Backend:
     def __init__(self, folder: Path, studio: Studio, redis_url: str | None) -> None:
         self.folder = folder
         self.redis_url = redis_url
-        self.port = label_studio.free_port()
+        self.port = processes.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = os.environ | {
             "BALD_SAM_DATA_DIR": str(folder / "data"),
@@ -178,7 +178,7 @@ class Backend:
     def stop(self) -> None:
         for process in [self.server, *self.workers]:
             if process is not None:
-                label_studio.stop(process)
+                processes.stop(process)
 
     def log(self) -> str:
         """What the processes printed, for a failing test."""
@@ -186,17 +186,8 @@ class Backend:
 
     def _run(self, *arguments: str) -> subprocess.Popen[bytes]:
         number = len(list(self.folder.glob("*.log")))
-        with (self.folder / f"{number}-{arguments[0]}.log").open("wb") as log:
-            return subprocess.Popen(
-                [str(COMMAND), *arguments],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=label_studio.die_with_parent,  # noqa: PLW1509
-            )
+        log = self.folder / f"{number}-{arguments[0]}.log"
+        return processes.start([COMMAND, *arguments], env=self.environment, cwd=self.folder, log=log)
 
     def _wait_until_up(self) -> None:
         for _ in range(600):
@@ -262,7 +253,9 @@ class Annotator:
 
     def suggestions(self) -> list[str]:
         """Ids of the suggestions that the page shows now."""
-        found: list[str] = self.page.evaluate("[...Htx.annotationStore.selected.suggestions.keys()]")
+        found: list[str] = self.page.evaluate(
+            "[...Htx.annotationStore.selected.suggestions.values()].map(region => region.cleanId)"
+        )
         return found
 
     def regions(self) -> list[dict[str, Any]]:
