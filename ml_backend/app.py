@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from typing import Any
 
@@ -51,6 +52,8 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_mb * 1_000_000
     app.extensions["bald_sam_runner"] = runner
+    #: Set once the model of this process is loaded.
+    ready = app.extensions["bald_sam_ready"] = threading.Event()
     _add_hooks(app, settings, metrics)
 
     @app.get("/")
@@ -66,8 +69,13 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
             status = runner.status()
         except Exception as exc:
             log.warning("the runner gives no status: %s", exc)
-            status = {"ready": False}
-        return jsonify(status="UP", model_class=type(backend).__name__, model_version=version, **_public(status))
+            status = {}
+        return jsonify(
+            status="UP",
+            model_class=type(backend).__name__,
+            model_version=version,
+            ready=ready.is_set() or _has_worker(status),
+        )
 
     @app.post("/setup")
     def setup() -> Response:
@@ -115,9 +123,10 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     return app
 
 
-def _public(status: Any) -> dict[str, Any]:
-    """Of a runner's status only whether it is ready: /health is open to everybody."""
-    return {"ready": bool(status.get("ready", True))} if isinstance(status, dict) else {}
+def _has_worker(status: dict[str, Any]) -> bool:
+    """Whether a click would find a loaded model. The worker of this process is idle until it has loaded one."""
+    embedded = status.get("runner") == "in-process"
+    return any(not embedded or worker.get("state") == "ready" for worker in status.get("workers", ()))
 
 
 def _add_hooks(app: Flask, settings: Settings, metrics: Metrics) -> None:

@@ -137,8 +137,9 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
         f"bald-sam listens on http://{shown}:{_port(server, port)} (backbone {settings.backbone}, work in {where})"
     )
     signal.signal(signal.SIGTERM, _stop)
-    if warm_up := getattr(runner, "warm_up", None):
-        threading.Thread(target=_quietly, args=(warm_up,), name="warm-up", daemon=True).start()
+    if settings.redis_url is None:
+        target = (settings, app.extensions["bald_sam_ready"])
+        threading.Thread(target=_warm_up, args=target, name="warm-up", daemon=True).start()
     try:
         server.run()
     finally:
@@ -153,11 +154,16 @@ def _port(server: Any, asked: int) -> int:
     return int(port or asked)
 
 
-def _quietly(warm_up: Any) -> None:
+def _warm_up(settings: Any, ready: threading.Event) -> None:
+    """Load the model while the server already answers; a click that comes first waits for it."""
     try:
-        warm_up()
-    except Exception:
-        logging.getLogger(__name__).exception("the model could not be loaded; each click will say so")
+        runtime = importlib.import_module("worker.runtime")
+        runtime.configure(settings.runtime_options())
+        runtime.warm_up()
+    except Exception as exc:
+        logging.getLogger(__name__).error("the model could not be loaded, so clicks will fail: %s", exc)
+    else:
+        ready.set()
 
 
 @main.command()

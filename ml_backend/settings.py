@@ -39,14 +39,18 @@ class Settings(BaseSettings):
     prefetch: int = Field(3, ge=0, description="How many next tasks are encoded ahead.")
     recover: bool = Field(True, description="Restore a mask that was pending when the annotation was submitted.")
     clicks_url: str | None = Field(None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir.")
-    basic_auth_user: str | None = None
-    basic_auth_pass: SecretStr | None = None
-    token: SecretStr | None = None
+    basic_auth_user: str | None = Field(None, description="User that Label Studio must give; with the password.")
+    basic_auth_pass: SecretStr | None = Field(None, description="Password that Label Studio must give.")
+    token: SecretStr | None = Field(None, description="Bearer token that scripts may give instead.")
     label_studio_url: str | None = Field(
-        None, validation_alias=AliasChoices("LABEL_STUDIO_URL", "LABEL_STUDIO_HOST", "label_studio_url")
+        None,
+        validation_alias=AliasChoices("LABEL_STUDIO_URL", "LABEL_STUDIO_HOST", "label_studio_url"),
+        description="Where Label Studio is, for images that were uploaded to it.",
     )
     label_studio_api_key: SecretStr | None = Field(
-        None, validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key")
+        None,
+        validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key"),
+        description="Personal access token of a user who may see the images.",
     )
 
     @field_validator("local_roots", mode="before")

@@ -59,7 +59,7 @@ class FakeRunner:
         self.embedded.append(job)
 
     def status(self) -> dict[str, Any]:
-        return {"ready": True}
+        return {"runner": "fake", "workers": [{"name": "w", "state": "idle"}]}
 
     def close(self) -> None:
         pass
