@@ -24,12 +24,12 @@ from torch import Tensor
 from evaluation import metrics
 from evaluation.clicker import answer, first_click, human_like_click, oracle_click
 from evaluation.datasets import Pair
-from evaluation.masks import full_size_mask
 from worker import acquisition
 from worker.backbones import Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import Embedding, encode
+from worker.masks import upsample
 from worker.proposer import Decision, Proposer
 
 COLUMNS = ("dataset", "pair", "strategy", "seed", "click", "x", "y", "positive", "iou", "best_iou", "score", "seconds")
@@ -114,7 +114,7 @@ class Session:
             decoded = start if number == 1 and start is not None else self.redecode(prompts, previous)
             decision = self._decide(decoded, prompts, strategy, seed, maps=watch is not None)
             seconds = time.perf_counter() - began
-            mask = full_size_mask(decision.logits, decoded.frame)
+            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
             quality = metrics.iou(mask, self.truth, self.ignore)
             best = max(best, quality)
             if watch is not None:

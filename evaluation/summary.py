@@ -36,7 +36,7 @@ def object_table(clicks: pd.DataFrame) -> pd.DataFrame:
 def summarise(clicks: pd.DataFrame, images: dict[tuple[str, str], str]) -> dict[str, Any]:
     """Per data set and strategy: means of the measures, ci95 of auc and noc85 over images, ranks by auc.
 
-    `images`: (dataset, pair) -> image, the unit of the bootstrap. Means are over pairs, the seeds of each averaged first.
+    `images`: (dataset, pair) -> image, the unit of the bootstrap. Means are over pairs (seeds averaged first).
     `rank`: among all strategies; `rank_without_truth`: among those that do not read the ground truth.
     `overall`: the same over all data sets together (pairs pooled), and the mean of the ranks.
     """
