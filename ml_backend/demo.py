@@ -110,6 +110,8 @@ def _start(
     running: contextlib.ExitStack, settings: Settings, images: Path | None, port: int, page_port: int, *, reset: bool
 ) -> tuple[str, LabelStudioServer, Backend]:
     """Start everything, each part stopped by `running`; print what to press; return the address and what runs."""
+    if port == page_port != 0:
+        raise LabelStudioError("Label Studio and the backend need two different ports.")
     for number, option in ((port, "--port"), (page_port, "--label-studio-port")):
         if not processes.port_is_free(number):
             raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
