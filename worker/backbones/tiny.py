@@ -1,9 +1,9 @@
-"""The shipped backbone: a Segment Anything model with a small convolutional image encoder, trained by this project from scratch.
+"""The shipped backbone: a Segment Anything model with a small convolutional image encoder, trained from scratch here.
 
-Everything but the image encoder is `segment_anything`'s own code (prompt encoder, mask decoder, `Sam`), so `SamPredictor`
-and every other part of this project use it as they use the published models. Plain 3x3 convolutions, channels-last, are
-what a CPU runs fastest; the embedding has stride 8 where the published models have 16, so that the low-resolution mask is
-half the input's size and its borders stay sharp in spite of the small input.
+Everything but the image encoder is `segment_anything`'s own code (prompt encoder, mask decoder, `Sam`), so
+`SamPredictor` and every other part of this project use it as they use the published models. Plain 3x3 convolutions,
+channels-last, are what a CPU runs fastest; the embedding has stride 8 where the published models have 16, so that the
+low-resolution mask is half the input's size and its borders stay sharp in spite of the small input.
 """
 
 from __future__ import annotations
@@ -83,8 +83,12 @@ class TinyEncoder(nn.Module):
         self.lateral16 = nn.Conv2d(w16, dim, 1, bias=False)
         self.lateral32 = nn.Conv2d(w32, dim, 1, bias=False)
         self.context = nn.Conv2d(w32, dim, 1)  # what the whole image is about, added everywhere
-        self.smooth16 = nn.Sequential(nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
-        self.smooth8 = nn.Sequential(nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
+        self.smooth16 = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)
+        )
+        self.smooth8 = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)
+        )
         self.neck = nn.Sequential(nn.Conv2d(dim, dim, 1, bias=False), LayerNorm2d(dim))
 
     def pyramid(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +150,7 @@ def build_tiny(
 
 
 def save_tiny(sam: Sam, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write the weights of a `build_tiny` model to `path`, half precision, its sizes and `notes` in the file's metadata."""
+    """Write the weights of a `build_tiny` model in half precision; its sizes and `notes` go to the file's metadata."""
     tensors = {
         name: (value if name.endswith(FULL_PRECISION) or not value.is_floating_point() else value.half())
         .detach()

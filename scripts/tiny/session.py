@@ -1,0 +1,111 @@
+"""Clicking sessions on a batch: prompts that grow, masks fed back, the losses of the steps that are learnt from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from tiny import clicks
+from tiny.decoding import CORNER, NEGATIVE, NOTHING, OTHER_CORNER, POSITIVE, decode, prompt_tokens
+from tiny.losses import iou, mask_loss
+
+
+@dataclass
+class Prompts:
+    """Prompts of N objects, equally many each: points N x T x 2 ((x, y), input frame) and kinds N x T."""
+
+    points: np.ndarray
+    kinds: np.ndarray
+
+    @classmethod
+    def start(cls, truths: np.ndarray, rng: np.random.Generator, *, box_share: float, centre: bool = False) -> Prompts:
+        """A first click in every object, or now and then a box about it; both are two tokens in SAM."""
+        points, kinds = np.zeros((len(truths), 2, 2)), np.full((len(truths), 2), NOTHING)
+        for n, truth in enumerate(truths):
+            if rng.random() < box_share:
+                points[n], kinds[n] = clicks.to_frame(clicks.box_around(truth, rng)), (CORNER, OTHER_CORNER)
+            else:
+                middle = centre or rng.random() < 0.25
+                points[n, 0] = clicks.to_frame(np.array(clicks.inside(truth, rng, centre=middle), float))
+                kinds[n, 0] = POSITIVE
+        return cls(points, kinds)
+
+    def correct(self, truths: np.ndarray, masks: np.ndarray, rng: np.random.Generator, *, centre: bool = False) -> None:
+        """Add to every object the click that its mask calls for."""
+        added = np.zeros((len(truths), 1, 2))
+        kinds = np.zeros((len(truths), 1), self.kinds.dtype)
+        for n, (truth, mask) in enumerate(zip(truths, masks, strict=True)):
+            middle = centre or rng.random() < 0.5
+            x, y, positive = clicks.correction(truth, mask, rng, centre=middle)
+            added[n, 0], kinds[n, 0] = clicks.to_frame(np.array([x, y], float)), POSITIVE if positive else NEGATIVE
+        self.points, self.kinds = np.concatenate([self.points, added], 1), np.concatenate([self.kinds, kinds], 1)
+
+    def tokens(self, sam: Sam) -> Tensor:
+        """N x T x C."""
+        device = sam.device
+        points = torch.as_tensor(self.points, dtype=torch.float32, device=device)
+        return prompt_tokens(sam, points, torch.as_tensor(self.kinds, device=device))
+
+
+def normalise(sam: Sam, image: Tensor, valid: Tensor) -> Tensor:
+    """uint8 B x 3 x S x S and B x 2 (height, width) to what `Sam.preprocess` makes: padding is 0 after normalising."""
+    size = image.shape[-1]
+    pixels = torch.arange(size, device=image.device)
+    inside = (pixels[None, :, None] < valid[:, :1, None]) & (pixels[None, None] < valid[:, 1:, None])
+    return (image.float() - sam.pixel_mean) / sam.pixel_std * inside[:, None]
+
+
+def best_by_prediction(logits: Tensor, predicted: Tensor) -> Tensor:
+    """The alternative (1..3) with the highest predicted IoU: N x 4 x H x W, N x 4 to N x 1 x H x W."""
+    chosen = predicted[:, 1:].argmax(1) + 1
+    return logits[torch.arange(len(logits)), chosen][:, None]
+
+
+def plan(rng: np.random.Generator) -> list[bool]:
+    """Which decodes of this batch are learnt from. Always the first; then the next, or a later one that a run of
+    clicks without gradient leads to, so that the model also meets its own masks after many clicks."""
+    kind = rng.random()
+    between = 0 if kind < 0.5 else int(rng.integers(1, 4)) if kind < 0.82 else int(rng.integers(4, 13))
+    return [True, *[False] * between, True]
+
+
+def session_loss(
+    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, *, box_share: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one simulated session per object, and what to log.
+
+    `embeddings` N x C x h x w (repeated per object), `truths` bool N x 4h x 4w.
+    """
+    image_pe = sam.prompt_encoder.get_dense_pe()
+    known = truths.cpu().numpy()
+    target = truths[:, None].float()
+    prompts = Prompts.start(known, rng, box_share=box_share)
+    learnt = plan(rng)
+    total = embeddings.new_zeros((), dtype=torch.float32)
+    log: dict[str, float] = {}
+    previous: Tensor | None = None
+    for step, with_gradient in enumerate(learnt):
+        with torch.set_grad_enabled(with_gradient):
+            logits, predicted = decode(sam, embeddings, image_pe, prompts.tokens(sam), previous)
+            if step == 0:
+                losses, true_iou = mask_loss(logits, target), iou(logits, target)
+                best = losses[:, 1:].min(1).values
+                # The mean keeps alternatives alive that are never the best.
+                mask_part = (best + 0.05 * losses[:, 1:].mean(1) + 0.3 * losses[:, 0]).mean()
+                total = total + mask_part + (predicted - true_iou).square().mean()
+                shown = best_by_prediction(logits, predicted)
+            else:
+                shown = logits[:, :1]
+                if with_gradient:
+                    true_iou = iou(shown, target)
+                    total = total + mask_loss(shown, target).mean() + (predicted[:, :1] - true_iou).square().mean()
+        if with_gradient:
+            log["first" if step == 0 else "last"] = float(iou(shown, target).mean())
+        if step + 1 < len(learnt):
+            previous = shown.detach().float()
+            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng)
+    return total / sum(learnt), log

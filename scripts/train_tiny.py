@@ -1,0 +1,75 @@
+"""Train the shipped backbone `tiny` from scratch: see docs/tiny.md.
+
+    python scripts/train_tiny.py --data POOL --teacher resnet50v2_c4.safetensors --minutes 95
+
+Started again after a kill, the same command goes on from its last checkpoint. `--steps` instead of `--minutes` makes
+the run a function of its seed alone. Without `--data` it learns from drawn scenes only, without `--teacher` from masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+import torch
+from tiny.curve import plot_curve
+from tiny.pool import Pool, pack
+from tiny.teacher import precompute
+from tiny.training import Run
+
+HERE = Path(__file__).parent
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of SET/images, SET/labels, SET/metadata.json")
+    parser.add_argument("--teacher", type=Path, help="weights of the frozen teacher, its loader (.py) beside them")
+    parser.add_argument("--config", type=Path, default=HERE / "tiny" / "config.toml")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "bald-sam" / "train-tiny",
+                        help="packed pool, checkpoint and log of the run (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=HERE.parent / "worker" / "weights" / "tiny.safetensors")
+    parser.add_argument("--curve", type=Path, help="also plot the log to this picture")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 16))
+    parser.add_argument("--workers", type=int, default=1, help="processes that prepare samples; 0 for none")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="length of the run in minutes of computing")
+    length.add_argument("--steps", type=int, help="length of the run in steps")
+    parser.add_argument("--export-only", action="store_true", help="write the averaged weights of the last checkpoint")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Pack, precompute, train, export; returns the exit status."""
+    options = parse()
+    config = tomllib.loads(options.config.read_text())
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # denormals in early training cost a CPU a multiple of the time
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device, folder = torch.device(name), options.folder
+    try:
+        if not (folder / "pool.json").exists():
+            print("packing the pool", flush=True)
+            pack(options.data, folder, config["pool"])
+        if options.teacher and not (folder / "teacher.json").exists():
+            precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
+                       config["teacher"]["long_side"], device)  # fmt: skip
+        run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes)
+        if not options.export_only:
+            run.train(workers=options.workers, say=lambda text: print(text, flush=True))
+        run.export(options.out)
+        if options.curve:
+            plot_curve(folder / "log.jsonl", options.curve)
+    except (ValueError, OSError) as error:
+        print(f"train_tiny: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.out} at step {run.step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
