@@ -176,18 +176,21 @@ class RqRunner:
         """Enqueue a click; clicks of the session that still wait are dropped, and their requests told."""
         rq_queue = self._queues[Queue.INTERACTIVE]
         seconds = math.ceil(left_s)
-        rq_queue.enqueue_call(
-            contract.SEGMENT,
-            args=(payload,),
-            job_id=job_id,
-            description="segment",
-            at_front=at_front,
-            timeout=seconds,
-            ttl=seconds,
-            result_ttl=RESULT_TTL_S,
-            failure_ttl=RESULT_TTL_S,
-        )
-        older = self._redis.set(SESSION_KEY + session, job_id, ex=seconds + RESULT_TTL_S, get=True)
+        with self._redis.pipeline() as pipe:
+            rq_queue.enqueue_call(
+                contract.SEGMENT,
+                args=(payload,),
+                job_id=job_id,
+                description="segment",
+                at_front=at_front,
+                timeout=seconds,
+                ttl=seconds,
+                result_ttl=RESULT_TTL_S,
+                failure_ttl=RESULT_TTL_S,
+                pipeline=pipe,
+            )
+            pipe.set(SESSION_KEY + session, job_id, ex=seconds + RESULT_TTL_S, get=True)
+            older = pipe.execute()[-1]
         older_id = _text(older) if isinstance(older, str | bytes) else None
         if older_id is not None and self._redis.lrem(rq_queue.key, 0, older_id):
             with self._redis.pipeline() as pipe:

@@ -7,6 +7,7 @@ resolves once, checks, and connects to what it checked.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,11 @@ from urllib3.exceptions import NameResolutionError, NewConnectionError
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-#: Addresses that carry an IPv4 address in their last 32 bits: well-known translation prefix (RFC 6052).
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+#: Addresses that carry an IPv4 address in their last 32 bits: the translation prefix (RFC 6052), and a form long gone.
+CARRIERS = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
+
+# Its warnings about retries hold the whole URL, with the signature of a presigned one.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 class ImageError(Exception):
@@ -39,7 +43,7 @@ def is_public(address: str) -> bool:
     ip: IPAddress = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = ip.ipv4_mapped or ip.sixtofour
-        if embedded is None and ip in NAT64:
+        if embedded is None and any(ip in network for network in CARRIERS):
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
             ip = embedded

@@ -103,11 +103,7 @@ class _Download:
         except (HTTPError, OSError) as error:
             host = _parse(url).host
             if time.monotonic() >= self.deadline:
-                raise ImageError(
-                    f"Fetching the image from {host} took more than {self.options.fetch_timeout_s:g} s.",
-                    "Check the network, or raise BALD_SAM_FETCH_TIMEOUT_S.",
-                    504,
-                ) from None
+                raise self._too_slow(host) from None
             reason = type(getattr(error, "reason", None) or error).__name__
             hint = "Check that this machine reaches it"
             hint += "; LABEL_STUDIO_URL says where Label Studio is." if self.from_label_studio else "."
@@ -116,6 +112,13 @@ class _Download:
             watchdog.cancel()
             pool.clear()
 
+    def _too_slow(self, host: str | None) -> ImageError:
+        return ImageError(
+            f"Fetching the image from {host} took more than {self.options.fetch_timeout_s:g} s.",
+            "Check the network, or raise BALD_SAM_FETCH_TIMEOUT_S.",
+            504,
+        )
+
     def _abort(self) -> None:
         for connection in list(self.opened):
             if connection.sock is not None:
@@ -123,6 +126,8 @@ class _Download:
                     connection.sock.shutdown(SHUT_RDWR)
 
     def _trusted(self, host: str, port: int) -> bool:
+        if time.monotonic() >= self.deadline:  # asked before each connection: no retry begins after the deadline
+            raise self._too_slow(host)
         names = {name.lower().strip("[]") for name in self.options.allowed_hosts}
         if host.lower() in names or f"{host.lower()}:{port}" in names:
             return True
@@ -223,10 +228,12 @@ class _Download:
         if declared.isdigit() and int(declared) > self.limit:
             raise too_large(self.options)
         body = bytearray()
-        for chunk in response.stream(CHUNK):
+        while chunk := response.read1(CHUNK):  # what is there, not a whole chunk: the clock is looked at each time
             body += chunk
             if len(body) > self.limit:
                 raise too_large(self.options)
+            if time.monotonic() >= self.deadline:
+                raise TimeoutError
         if time.monotonic() >= self.deadline:
             raise TimeoutError
         return bytes(body)

@@ -21,8 +21,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import SimpleWorker
-from rq.exceptions import StopRequested
+from rq.exceptions import DequeueTimeout, StopRequested
 from rq.serializers import JSONSerializer
+from rq.worker import WorkerStatus
 
 from worker.contract import JOB_FUNCTIONS, Queue, RuntimeOptions
 
@@ -36,6 +37,9 @@ ALIVE_MS = 1200
 #: RQ's own bookkeeping, seconds: how long its record of a worker lives, and how often it looks for lost jobs.
 WORKER_TTL_S = 30
 MAINTENANCE_S = 30
+RQ_BEAT_S = 5.0
+#: A worker without work notices SIGTERM after this time at most, seconds.
+DEQUEUE_S = 1
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 2.0
 
@@ -106,13 +110,21 @@ class ModelWorker(SimpleWorker):
     """RQ worker in one process, which runs nothing but functions of the allow-list and says what it carries."""
 
     log_result_lifespan = False
-    max_connection_wait_time = LONGEST_WAIT_S
 
     def __init__(self, *args: Any, functions: Iterable[str], heartbeat: Heartbeat, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._functions = frozenset(functions)
         self._heartbeat = heartbeat
         self.stop_requested = False
+        self._next_rq_beat = 0.0
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ's own sign of life is three commands before and after each job: now and then is enough of them."""
+        if timeout is None and pipeline is None:
+            if time.monotonic() < self._next_rq_beat:
+                return
+            self._next_rq_beat = time.monotonic() + RQ_BEAT_S
+        super().heartbeat(timeout, pipeline)
 
     def subscribe(self) -> None:
         """No commands over Redis: whoever can write there need not be able to stop workers."""
@@ -123,6 +135,37 @@ class ModelWorker(SimpleWorker):
     def request_stop(self, signum: Any, frame: Any) -> None:
         self.stop_requested = True
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+
+    def _shutdown(self) -> None:
+        """Only a note: RQ would raise out of whatever runs now, and lose a job between its queue and its start."""
+        self._stop_requested = True
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """Next (job, queue); None when there is none and `timeout` is. Raises StopRequested when it is time to go, or
+        when Redis is away: `work` then begins anew."""
+        self.set_state(WorkerStatus.IDLE)
+        while not self._stop_requested:
+            self.heartbeat()
+            if self.should_run_maintenance_tasks:
+                self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            try:
+                found = self.queue_class.dequeue_any(
+                    self._ordered_queues,
+                    timeout and DEQUEUE_S,
+                    connection=self.connection,
+                    job_class=self.job_class,
+                    serializer=self.serializer,
+                    death_penalty_class=self.death_penalty_class,
+                )
+            except DequeueTimeout:
+                continue
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                raise StopRequested from error
+            if found is not None:
+                version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+                found[0].redis_server_version = version
+            return found
+        raise StopRequested
 
     def execute_job(self, job: Any, queue: Any) -> None:
         self._heartbeat.carry(job.id)

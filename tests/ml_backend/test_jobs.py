@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ml_backend import jobs
+from ml_backend.jobs import InProcessRunner, JobFailed, make_runner
+from ml_backend.settings import Settings
+from worker.contract import Click, EmbedJob, ImageRef, Prompts, RuntimeOptions, SegmentJob
+
+
+def click(session: str, x: float = 7.0) -> SegmentJob:
+    return SegmentJob(
+        image=ImageRef(url="a.png"), width=4, height=3, prompts=Prompts(clicks=(Click(x=x, y=1),)), session=session
+    )
+
+
+def refusal(call: Callable[[], Any]) -> JobFailed:
+    with pytest.raises(JobFailed) as caught:
+        call()
+    return caught.value
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Job functions that do what the session says, where the runner looks for them."""
+    spec = importlib.util.spec_from_file_location("queue_worker", Path(__file__).with_name("queue_worker.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tasks, runtime = ModuleType("worker.tasks"), ModuleType("worker.runtime")
+    vars(tasks).update(segment=module.segment, embed=module.embed)
+    vars(runtime).update(configure=lambda options: vars(module).setdefault("configured", []).append(options))
+    monkeypatch.setitem(sys.modules, "worker.tasks", tasks)
+    monkeypatch.setitem(sys.modules, "worker.runtime", runtime)
+    return module
+
+
+@pytest.fixture
+def runner(functions: ModuleType) -> Iterator[InProcessRunner]:
+    made = InProcessRunner(RuntimeOptions(data_dir=Path()), max_waiting=2)
+    yield made
+    made.close()
+
+
+def busy(runner: InProcessRunner, pool: ThreadPoolExecutor, seconds: float = 0.6) -> Any:
+    future = pool.submit(runner.segment, click(f"sleep:{seconds}"), deadline_s=20)
+    until(lambda: runner.status()["running"])
+    return future
+
+
+def test_a_click_is_answered_and_the_worker_configured_once(runner: InProcessRunner, functions: ModuleType) -> None:
+    assert [runner.segment(click("a", x), deadline_s=5).area for x in range(3)] == [0, 1, 2]
+    assert len(functions.configured) == 1
+
+
+def test_failures_are_told_in_words(runner: InProcessRunner, caplog: pytest.LogCaptureFixture) -> None:
+    failed = refusal(lambda: runner.segment(click("fail"), deadline_s=5))
+    assert (failed.error, failed.hint, failed.status) == ("No.", "Try this.", 422)
+    failed = refusal(lambda: runner.segment(click("raise"), deadline_s=5))
+    assert failed.status == 500
+    assert "secret" not in str(failed)
+    assert failed.hint.rstrip(".").split()[-1] in caplog.text
+    assert runner.segment(click("a"), deadline_s=5).area == 7
+
+
+def test_an_answer_of_another_shape_is_a_failure(runner: InProcessRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["worker.tasks"], "segment", lambda job: {"kind": "segment"}, raising=True)
+    assert refusal(lambda: runner.segment(click("a"), deadline_s=5)).status == 500
+
+
+def test_a_later_click_drops_the_waiting_one_at_once(runner: InProcessRunner) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        first = busy(runner, pool)
+        older = pool.submit(runner.segment, click("s", 1), deadline_s=20)
+        until(lambda: runner.status()["queues"]["interactive"] == 1)
+        newer = pool.submit(runner.segment, click("s", 2), deadline_s=20)
+        assert refusal(older.result).status == 409
+        assert not first.done()
+        assert newer.result().area == 2
+
+
+def test_a_late_click_is_refused_and_never_runs(runner: InProcessRunner) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = busy(runner, pool)
+        assert refusal(lambda: runner.segment(click("raise"), deadline_s=0.05)).status == 504
+        assert runner.status()["queues"]["interactive"] == 0
+        first.result()
+    assert runner.segment(click("a"), deadline_s=5).area == 7
+
+
+def test_a_full_queue_says_when_to_come_back(runner: InProcessRunner) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        busy(runner, pool)
+        waiting = [pool.submit(runner.segment, click(f"s{i}"), deadline_s=20) for i in range(2)]
+        until(lambda: runner.status()["queues"]["interactive"] == 2)
+        failed = refusal(lambda: runner.segment(click("t"), deadline_s=20))
+        assert failed.status == 503
+        assert failed.retry_after
+        assert [future.result().area for future in waiting] == [7, 7]
+
+
+def test_clicks_go_before_images_which_are_encoded_once(
+    runner: InProcessRunner, functions: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    tasks = sys.modules["worker.tasks"]
+    segment = functions.segment
+    monkeypatch.setattr(tasks, "embed", lambda job: order.append(job["images"][0]["url"]))
+    monkeypatch.setattr(tasks, "segment", lambda job: (order.append(job["session"]), segment(job))[1])
+    with ThreadPoolExecutor(2) as pool:
+        busy(runner, pool, 0.3)
+        for _ in range(3):
+            runner.embed(EmbedJob(images=(ImageRef(url="one"), ImageRef(url="two"))))
+        assert runner.status()["queues"]["embed"] == 2
+        assert runner.segment(click("click"), deadline_s=20).area == 7
+    until(lambda: len(order) == 4)
+    assert order == ["sleep:0.3", "click", "one", "two"]
+
+
+def test_embed_never_raises(runner: InProcessRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_EMBED_WAITING", 3)
+    with ThreadPoolExecutor(1) as pool:
+        busy(runner, pool, 0.2)
+        runner.embed(EmbedJob(images=tuple(ImageRef(url=str(i)) for i in range(10))))
+        assert runner.status()["queues"]["embed"] == 3
+    runner.close()
+    runner.embed(EmbedJob(images=(ImageRef(url="x"),)))
+
+
+def test_other_functions_are_refused(runner: InProcessRunner) -> None:
+    with pytest.raises(ValueError, match=r"os\.system"):
+        runner._call("os.system", {})
+
+
+def test_close_ends_what_waits(runner: InProcessRunner) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        busy(runner, pool, 0.2)
+        waiting = pool.submit(runner.segment, click("a"), deadline_s=20)
+        until(lambda: runner.status()["queues"]["interactive"] == 1)
+        runner.close()
+        assert refusal(waiting.result).status == 503
+    assert refusal(lambda: runner.segment(click("b"), deadline_s=5)).status == 503
+    until(lambda: all(thread is not runner._thread for thread in threading.enumerate()))
+
+
+def test_settings_choose_the_runner(functions: ModuleType, redis_url: str) -> None:
+    embedded = make_runner(Settings())
+    assert embedded.status()["runner"] == "in-process"
+    embedded.close()
+    remote = make_runner(Settings.model_validate({"redis_url": redis_url}))
+    assert remote.status() == {
+        "runner": "rq",
+        "queues": {"interactive": 0, "embed": 0, "batch": 0, "train": 0},
+        "workers": [],
+        "running": [],
+    }
+    remote.close()
