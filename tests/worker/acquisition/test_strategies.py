@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worker import acquisition
+from worker.acquisition.candidates import allowed_pixels, best_pixel, best_pixels, exclusion_radius
+from worker.acquisition.regions import regional
+from worker.acquisition.state import State
+from worker.acquisition.stopping import StoppingRule
+from worker.backbones import Backbone, build
+from worker.contract import Click, Prompts
+from worker.decode import Decoded, decode
+from worker.embeddings import Embedding, encode
+from worker.head import predictive
+from worker.head.features import distance_to_points, feature_names, pixel_features
+from worker.head.linear import sam_centred
+from worker.proposer import Proposer
+
+PROMPTS = Prompts(clicks=(Click(x=150.5, y=60.5), Click(x=20.5, y=30.5, positive=False)))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.set_num_threads(2)
+    return build("tiny", random_weights=True, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def embedding(backbone: Backbone) -> Embedding:
+    image = np.random.default_rng(0).integers(0, 255, (120, 300, 3), dtype=np.uint8)  # half of the frame is padding
+    return encode(backbone, image)
+
+
+@pytest.fixture(scope="module")
+def decoded(backbone: Backbone, embedding: Embedding) -> Decoded:
+    return decode(backbone, embedding, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def state(backbone: Backbone, embedding: Embedding, decoded: Decoded) -> State:
+    names = feature_names(decoded.upscaled.shape[0])
+    return State(
+        decoded=decoded,
+        prompts=PROMPTS,
+        features=pixel_features(decoded, PROMPTS),
+        posterior=sam_centred(names),
+        allowed=allowed_pixels(decoded, PROMPTS),
+        redecode=lambda prompts, mask: decode(backbone, embedding, prompts, mask),
+    )
+
+
+def test_features_hold_sam(state: State) -> None:
+    names = state.posterior.names
+    assert state.features.shape == (len(names), *state.decoded.logits.shape)
+    assert torch.isfinite(state.features).all()
+    channels = [i for i, name in enumerate(names) if name.startswith("channel")]
+    assert torch.allclose(state.features[channels].sum(0), state.decoded.logits, atol=1e-4)
+    assert torch.equal(state.posterior.logit_mean(state.features), state.decoded.logits)
+
+
+def test_near_features_peak_at_their_clicks(state: State) -> None:
+    names = state.posterior.names
+    for click, kind in zip(PROMPTS.clicks, ("positive", "negative"), strict=True):
+        near = state.features[names.index(f"near_{kind}_0")]
+        row, col = np.unravel_index(int(near.argmax()), near.shape)
+        found = state.decoded.frame.to_lowres(click.x, click.y)
+        assert abs(col + 0.5 - found[0]) <= 0.5 and abs(row + 0.5 - found[1]) <= 0.5
+
+
+def test_allowed_pixels(state: State) -> None:
+    rows, cols = state.decoded.frame.valid
+    assert rows < state.allowed.shape[0]
+    assert not state.allowed[rows:].any() and not state.allowed[:, cols:].any()
+    radius = exclusion_radius(max(state.allowed.shape))
+    for click in PROMPTS.clicks:
+        point = state.decoded.frame.to_lowres(click.x, click.y)
+        distance = distance_to_points([point], *state.allowed.shape, device=state.allowed.device)
+        assert not state.allowed[distance <= radius].any()
+    assert state.allowed.sum() > 0.95 * rows * cols
+
+
+def test_best_pixel_breaks_ties_in_row_major_order() -> None:
+    score = torch.zeros(4, 5)
+    score[1, 3] = score[2, 0] = 1.0
+    everywhere = torch.ones(4, 5, dtype=torch.bool)
+    assert best_pixel(score, everywhere) == (1, 3)
+    score[1, 3] = torch.nan
+    assert best_pixel(score, everywhere) == (2, 0)
+    assert best_pixel(score, ~everywhere) is None
+
+
+def test_best_pixels_keep_their_distance() -> None:
+    score = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
+    found = best_pixels(score, torch.ones(40, 40, dtype=torch.bool), 8, 6.0)
+    assert len(found) == 8
+    values = [float(score[pixel]) for pixel in found]
+    assert values == sorted(values, reverse=True)
+    for i, (r, c) in enumerate(found):
+        assert all((r - s) ** 2 + (c - d) ** 2 > 36 for s, d in found[:i])
+
+
+def test_regions_beat_lines() -> None:
+    values = torch.zeros(128, 128)
+    values[:, 20] = 1.0  # a thin line, brighter than
+    values[60:76, 80:96] = 0.6  # a blob
+    row, col = (
+        best_pixel(regional(values, torch.ones_like(values, dtype=torch.bool)), torch.ones(128, 128).bool()) or ()
+    )
+    assert 62 <= row <= 74 and 82 <= col <= 94
+
+
+@pytest.mark.parametrize("name", acquisition.names())
+def test_every_strategy_scores_every_allowed_pixel(state: State, name: str) -> None:
+    strategy = acquisition.find(name)
+    first, again = strategy.score(state), strategy.score(state)
+    assert first.shape == state.allowed.shape
+    assert best_pixel(first, state.allowed) is not None
+    assert torch.equal(first, again)
+    other = strategy.score(replace(state, seed=1))
+    assert torch.equal(first, other) != strategy.random
+    assert strategy.description
+
+
+def test_bald_mc_converges_to_bald(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.acquisition import bald_mc
+
+    exact = acquisition.find("bald").score(state)
+    monkeypatch.setattr(bald_mc, "SAMPLES", 2000)
+    assert (acquisition.find("bald-mc").score(state) - exact).abs().max() < 0.02
+
+
+def test_conditioning_lowers_the_variance_and_follows_the_clicks(state: State) -> None:
+    _, before = state.prior_moments
+    assert (state.variance <= before + 1e-4).all()
+    for click in PROMPTS.clicks:
+        col, row = (int(v) for v in state.decoded.frame.to_lowres(click.x, click.y))
+        prior = float(predictive.probability(*state.prior_moments)[row, col])
+        after = float(state.probability[row, col])
+        assert after > prior if click.positive else after < prior
+
+
+def test_epig_matches_the_dense_covariance(state: State) -> None:
+    from worker.acquisition import epig
+
+    found = acquisition.find("epig").score(state)
+    step = epig.STRIDE
+    phi = state.features.double()
+    covariance = state.conditioned.covariance.double()
+    p = state.probability.double()
+    slope = p * (1 - p)
+    weight = torch.where(state.valid, slope**2, 0.0)[::step, ::step].flatten()
+    others = phi[:, ::step, ::step].flatten(1)
+    for row, col in ((3, 5), (40, 100), (70, 11)):
+        cross = phi[:, row, col] @ covariance @ others
+        variance = phi[:, row, col] @ covariance @ phi[:, row, col]
+        dense = float((weight * cross**2).sum() / (variance + 1 / slope[row, col]))
+        assert float(found[row, col]) == pytest.approx(dense, rel=1e-3)
+
+
+def test_lookahead_says_what_it_needs(state: State) -> None:
+    with pytest.raises(ValueError, match="needs the decoder"):
+        acquisition.find("bald-lookahead").score(replace(state, redecode=None))
+
+
+def test_unknown_strategy_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="bald-online"):
+        acquisition.find("clairvoyance")
+
+
+def test_stopping_rule() -> None:
+    assert StoppingRule(0.1).reason(0.2) is None
+    assert "settled" in (StoppingRule(0.1).reason(0.05) or "")
+    assert "next to an earlier click" in (StoppingRule().reason(None) or "")
+    assert StoppingRule().reason(0.0) is None
+
+
+def test_proposer_is_a_pure_function(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
+    proposer = Proposer(backbone, head="default", strategy="default", data_dir=tmp_path)
+    one = proposer.propose(decoded, PROMPTS)
+    two = proposer.propose(decoded, PROMPTS, maps=True)
+    assert one.proposal == two.proposal and one.proposal is not None
+    assert 0 < one.proposal.x < 300 and 0 < one.proposal.y < 120
+    assert set(two.maps) == {"score", "bald", "entropy", "probability"} and not one.maps
+    assert one.logits.shape == decoded.logits.shape
+    assert proposer.model_version.startswith(backbone.id)
+
+
+def test_random_proposals_differ_by_seed_and_by_click(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
+    proposer = Proposer(backbone, head="none", strategy="random", data_dir=tmp_path)
+    fewer = Prompts(clicks=PROMPTS.clicks[:1])
+    found = [
+        proposer.propose(decoded, PROMPTS).proposal,
+        proposer.propose(decoded, PROMPTS, seed=1).proposal,
+        proposer.propose(decoded, fewer).proposal,
+    ]
+    assert len({(p.x, p.y) for p in found if p is not None}) == 3
+
+
+def test_no_place_left_is_said(backbone: Backbone, embedding: Embedding, tmp_path: Path) -> None:
+    grid = Prompts(clicks=tuple(Click(x=x + 0.5, y=y + 0.5) for x in range(0, 300, 3) for y in range(0, 120, 3)))
+    decision = Proposer(backbone, head="none", data_dir=tmp_path).propose(decode(backbone, embedding, grid), grid)
+    assert decision.proposal is None
+    assert "next to an earlier click" in (decision.stopped or "")

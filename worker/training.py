@@ -1,0 +1,156 @@
+"""Fit a head and its posterior to simulated click sessions on images with known masks.
+
+Sessions visit the states that proposals are made in: a first click, then answers to clicks on errors and elsewhere, the
+previous mask fed back each time. From every state a few hundred pixels are kept with weights that undo the sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from worker.acquisition.candidates import allowed_pixels
+from worker.backbones import Backbone
+from worker.contract import Click, Prompts
+from worker.decode import Decoded, decode
+from worker.embeddings import encode
+from worker.head.features import pixel_features
+
+Mask = NDArray[np.bool_]
+
+
+class Example(Protocol):
+    """An image with one object, as `evaluation.datasets.Pair` is."""
+
+    @property
+    def name(self) -> str: ...
+    def read_image(self) -> NDArray[np.uint8]: ...
+    def read_mask(self) -> Mask: ...
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How sessions are simulated. `clicks`: states per object; `pixels`: kept per state."""
+
+    clicks: int = 6
+    pixels: int = 384
+    seed: int = 0
+
+
+@dataclass
+class Pixels:
+    """Labelled pixels grouped by state.
+
+    features: (G, n, d) float32; labels: (G, n) bool; weights: (G, n), mean 1 in each state; objects: (G,) int64, which
+    object each state belongs to; clicks: (G,) int64, how many clicks had been made.
+    """
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+    objects: Tensor
+    clicks: Tensor
+    names: list[str] = field(default_factory=list)
+
+
+def collect(
+    backbone: Backbone,
+    examples: Iterable[Example],
+    options: SessionOptions,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Pixels:
+    """Simulate one session per example and keep pixels of every state. Raises ValueError when there is no example."""
+    rng = np.random.default_rng(options.seed)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    objects, counts, names = [], [], []
+    with torch.inference_mode():
+        for number, example in enumerate(examples):
+            truth = example.read_mask()
+            embedding = encode(backbone, example.read_image())
+            prompts = Prompts(clicks=(_start(truth, rng),))
+            previous: Tensor | None = None
+            for count in range(1, options.clicks + 1):
+                decoded = decode(backbone, embedding, prompts, previous)
+                features = pixel_features(decoded, prompts)
+                labels = lowres_truth(truth, decoded)
+                kept.append(_sample(features, labels, decoded, options.pixels, rng))
+                objects.append(number)
+                counts.append(count)
+                previous = decoded.logits[None]
+                click = _next(truth, labels, decoded, prompts, rng)
+                if click is None:
+                    break
+                prompts = Prompts(clicks=(*prompts.clicks, click))
+            names.append(example.name)
+            if progress is not None:
+                progress(number + 1)
+    if not kept:
+        raise ValueError("There is nothing to train on: give folders with images and masks.")
+    features, labels, weights = (torch.stack([state[i] for state in kept]).clone() for i in range(3))
+    return Pixels(features, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
+
+
+def lowres_truth(truth: Mask, decoded: Decoded) -> Tensor:
+    """The true mask in the low-resolution frame: (h, w) bool, False on padding; a cell is inside when most of it is."""
+    frame = decoded.frame
+    rows, cols = frame.valid
+    values = torch.from_numpy(truth.astype(np.float32))[None, None]
+    inside = F.interpolate(values, (rows, cols), mode="area")[0, 0] > 0.5
+    full = torch.zeros(decoded.logits.shape, dtype=torch.bool)
+    full[:rows, :cols] = inside
+    return full.to(decoded.logits.device)
+
+
+def _start(truth: Mask, rng: np.random.Generator) -> Click:
+    """Near the object's centre: a random one of its deeper pixels."""
+    import cv2
+
+    depth = cv2.distanceTransform(np.pad(truth.astype(np.uint8), 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    row, col = _draw(depth >= 0.7 * depth.max(), rng)
+    return Click(x=col + 0.5, y=row + 0.5, positive=True)
+
+
+def _next(truth: Mask, labels: Tensor, decoded: Decoded, prompts: Prompts, rng: np.random.Generator) -> Click | None:
+    """Mostly somewhere wrong, sometimes anywhere, as annotators and strategies do. The label is true."""
+    allowed = allowed_pixels(decoded, prompts)
+    wrong = allowed & ((decoded.logits > 0) != labels)
+    where = wrong if wrong.any() and rng.random() < 0.7 else allowed
+    if not where.any():
+        return None
+    row, col = _draw(where.cpu().numpy(), rng)
+    x, y = decoded.frame.to_original(col + 0.5, row + 0.5)
+    x, y = min(x, truth.shape[1] - 0.5), min(y, truth.shape[0] - 0.5)
+    return Click(x=x, y=y, positive=bool(truth[int(y), int(x)]))
+
+
+def _draw(region: Mask, rng: np.random.Generator) -> tuple[int, int]:
+    index = rng.choice(np.flatnonzero(region.ravel()))
+    row, col = np.unravel_index(index, region.shape)
+    return int(row), int(col)
+
+
+def _sample(
+    features: Tensor, labels: Tensor, decoded: Decoded, count: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` pixels of the image, half of them where it matters (doubtful or wrong), with weights that undo that."""
+    rows, cols = decoded.frame.valid
+    valid = torch.zeros_like(labels)
+    valid[:rows, :cols] = True
+    doubtful = valid & ((decoded.logits.abs() < 3.0) | ((decoded.logits > 0) != labels) | labels)
+    density = valid.float() / valid.sum() * 0.5 + doubtful.float() / doubtful.sum().clamp(min=1) * 0.5
+    flat = density.flatten().double().cpu().numpy()
+    index = torch.from_numpy(rng.choice(flat.size, count, p=flat / flat.sum())).to(labels.device)
+    weights = 1.0 / (density.flatten()[index] * valid.sum())
+    return (
+        features.flatten(1)[:, index].T.float().cpu(),
+        labels.flatten()[index].cpu(),
+        (weights / weights.mean()).cpu(),
+    )
