@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -88,7 +89,7 @@ def demo(
     try:
         with contextlib.ExitStack() as running, _stop_signals():
             address, server, backend = _start(running, settings, images, port, label_studio_port, reset=reset)
-            if not no_browser:
+            if not no_browser and _has_a_screen():
                 webbrowser.open(address)
             while server.runs() and backend.runs():
                 time.sleep(0.5)
@@ -100,6 +101,11 @@ def demo(
         raise _Refusal(str(error)) from error
     except ModuleNotFoundError as error:
         raise _Refusal(f"The package {error.name} is missing: pip install 'bald-sam[worker,evaluate]'.") from error
+
+
+def _has_a_screen() -> bool:
+    """Without one, `webbrowser` would start a text browser in this terminal."""
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 class _Refusal(click.ClickException):
@@ -117,38 +123,47 @@ def _start(
             raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
     home = settings.data_dir.absolute() / "demo"
     if reset and home.exists():
+        with _alone(home):
+            pass
         aside = home.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
         home.rename(aside)
         console.print(f"The former demo is set aside in {aside}")
+    running.enter_context(_alone(home))
     pictures = pictures_in(images) if images else sample_pictures(home / "pictures")
 
     environment = label_studio.default_environment(settings.data_dir.absolute())
     with console.status("Looking for Label Studio") as status:
-        command = label_studio.ensure_environment(environment, status.update)
+
+        def doing(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                console.print(f"{text} ...")
+
+        command = label_studio.ensure_environment(environment, doing)
         state = State.load(home / "demo.json")
         state.save()
         server = LabelStudioServer(
             command, data_dir=home / "label-studio", port=page_port, email=state.email, password=state.password
         )
         first = " - the first start prepares its database, about a minute" if server.is_new else ""
-        status.update(f"Starting Label Studio {label_studio.VERSION}{first}")
+        doing(f"Starting Label Studio {label_studio.VERSION}{first}")
         running.enter_context(server)
         if state.token is None:
             state.token = label_studio.personal_access_token(server.url, state.email, state.password)
             state.save()
         _done(f"Label Studio {label_studio.VERSION} answers on {server.url}")
 
-        status.update("Starting the backend")
+        doing("Starting the backend")
         backend = Backend(settings, home=home, port=port, label_studio_url=server.url, token=state.token)
         running.enter_context(backend)
 
-        status.update("Preparing the project")
+        doing("Preparing the project")
         api = LabelStudioApi(server.url, state.token)
         project = _project(api, state, images, pictures)
         _connect(api, project, backend.url)
         tasks = api.tasks(project)
         _done(f"{len(tasks)} pictures in the project")
-        status.update("Trying a first click")
+        doing("Trying a first click")
         backend.try_a_click(tasks[0]["data"]["image"], recommended_config(LABELS))
         _done(f"The backend answers on {backend.url} (backbone {settings.backbone}, device {settings.device})")
         running.callback(console.print, "Stopping ...")
@@ -287,6 +302,18 @@ def _panel(address: str, state: State) -> Panel:
     lines.add_row("3", "Click on the [bold]ring[/bold] if it is on the object, [bold]Alt+click[/bold] it if not.")
     lines.add_row("4", "Good? [bold]✓[/bold] at the bottom takes the mask. Next object, or [bold]Submit[/bold].")
     return Panel(lines, title="bald-sam demo", subtitle="Ctrl-C stops everything", border_style="magenta", expand=False)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Two demos must not share one database."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LabelStudioError(f"A demo runs already with {home}. Stop it, or give another --data-dir.") from error
+        yield
 
 
 @contextlib.contextmanager

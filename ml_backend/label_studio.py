@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -55,19 +54,38 @@ def command_of(environment: Path) -> Path:
 def ensure_environment(environment: Path, say: Say = lambda _: None) -> Path:
     """Make the virtual environment of Label Studio where it is missing or old; return its `label-studio` command.
 
-    A stamp holds the hash of the pinned requirements, so that a second call costs nothing. pip is run with the user's
-    own configuration. Raises LabelStudioError with the end of pip's complaint.
+    A stamp holds the hash of the pinned requirements, so that a second call costs nothing; a folder without one is
+    not ours and is never changed, but used when it has the right version. pip runs with the user's own configuration.
+    Raises LabelStudioError that says what to do.
     """
     stamp = environment / ".requirements-sha256"
     wanted = hashlib.sha256(LOCK.read_bytes()).hexdigest()
-    if stamp.is_file() and stamp.read_text() == wanted and command_of(environment).is_file():
-        return command_of(environment)
-    say(f"Installing Label Studio {VERSION} in its own environment (about two minutes, once)")
-    _run([sys.executable, "-m", "venv", "--clear", str(environment)])
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(LOCK)]
-    _run([*pip, "--disable-pip-version-check"])
-    stamp.write_text(wanted)
+    ours = stamp.is_file() or not environment.exists() or not any(environment.iterdir())
+    if not ours and _version_in(environment) != VERSION:
+        raise LabelStudioError(
+            f"{environment} is not an environment with Label Studio {VERSION}, and bald-sam did not make it. "
+            "Set BALD_SAM_LABEL_STUDIO_ENV to a folder that does not exist yet."
+        )
+    if ours and (not stamp.is_file() or stamp.read_text() != wanted or not command_of(environment).is_file()):
+        say(f"Installing Label Studio {VERSION} in its own environment (about two minutes, once)")
+        environment.mkdir(parents=True, exist_ok=True)
+        stamp.write_text("not finished")
+        _run([sys.executable, "-m", "venv", str(environment)])
+        python = str(environment / "bin" / "python")
+        _run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "-r", str(LOCK)])
+        stamp.write_text(wanted)
     return command_of(environment)
+
+
+def _version_in(environment: Path) -> str | None:
+    script = "import importlib.metadata as m; print(m.version('label-studio'))"
+    try:
+        done = subprocess.run(  # noqa: S603
+            [str(environment / "bin" / "python"), "-c", script], check=False, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _run(command: list[str]) -> None:
@@ -256,7 +274,6 @@ def main() -> None:
         command = ensure_environment(environment, lambda text: print(text, file=sys.stderr))  # noqa: T201
     except LabelStudioError as error:
         sys.exit(str(error))
-    shutil.which(str(command)) or sys.exit(f"{command} cannot be run.")
     print(command)  # noqa: T201
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import stat
@@ -66,6 +67,16 @@ def test_reset_sets_the_former_demo_aside(tmp_path, data_dir):
     CliRunner(env={"BALD_SAM_LABEL_STUDIO_ENV": "/dev/null/nowhere"}).invoke(demo, arguments)
     (kept,) = data_dir.glob("demo-*/annotations")
     assert kept.read_text() == "work of an afternoon"
+
+
+def test_a_second_demo_on_the_same_data_is_refused(tmp_path, data_dir):
+    (data_dir / "demo").mkdir(parents=True)
+    with (data_dir / "demo" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = CliRunner().invoke(demo, ["--reset", "--port", "0", "--label-studio-port", "0"])
+    assert result.exit_code == 2
+    assert "A demo runs already" in result.output
+    assert (data_dir / "demo" / "lock").exists()
 
 
 def test_the_state_survives_and_only_its_owner_reads_it(tmp_path):
