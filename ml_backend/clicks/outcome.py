@@ -10,7 +10,7 @@ from sqlalchemy import Engine, select, update
 
 from ml_backend.clicks.derive import in_order
 from ml_backend.clicks.events import unpack_rle
-from ml_backend.clicks.schema import answers, masks, objects
+from ml_backend.clicks.schema import answers, final_masks, masks, objects
 from ml_backend.clicks.store import fetch, rederive
 from worker import brush_rle
 
@@ -40,10 +40,11 @@ def measure(engine: Engine, object_id: int) -> None:
     """
     with engine.connect() as connection:
         thing = fetch(connection, select(objects).where(objects.c.id == object_id))[0]
+        final_blob = connection.scalar(select(final_masks.c.rle).where(final_masks.c.object == object_id))
         with_masks = select(answers.c.id, answers.c.event, answers.c.received, masks.c.rle).join(masks)
         found = fetch(connection, with_masks.where(answers.c.object == object_id))
     size = thing["height"], thing["width"]
-    final = _decode(thing["final_mask"], size)
+    final = _decode(final_blob, size)
     before = np.zeros(size, np.bool_)
     measured = []
     for answer in in_order(found):

@@ -1,12 +1,13 @@
 """Tables of the click log, the engine they live in, and bringing an older database up to date.
 
-`answers` and `annotation_events` are what happened. `clicks` and most of `objects` are derived from them and can be made
-again. Times are seconds since 1970 (UTC), positions pixels of the original image. docs/click-log.md explains every
+`answers` and `annotation_events` are what happened. `clicks` and most of `objects` are derived from them and can be
+made again. Times are seconds since 1970 (UTC), positions pixels of the original image. docs/click-log.md explains every
 field.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ objects = Table(
     Column("annotation", BigInteger),
     Column("annotated", String(64)),
     Column("lead_time", Double),
-    Column("final_mask", LargeBinary),
     Column("final_area", Integer),
     Column("final_predicted_iou", Double),
     Column("last_iou", Double),
@@ -123,6 +123,14 @@ masks = Table(
     "masks",
     metadata,
     Column("answer", BigId, ForeignKey("answers.id"), primary_key=True),
+    Column("rle", LargeBinary, nullable=False),
+)
+
+#: The mask of each object as it was submitted.
+final_masks = Table(
+    "final_masks",
+    metadata,
+    Column("object", BigId, ForeignKey("objects.id"), primary_key=True),
     Column("rle", LargeBinary, nullable=False),
 )
 
@@ -235,6 +243,7 @@ def migrate(engine: Engine) -> None:
     from alembic import command
     from alembic.config import Config
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(files("ml_backend.clicks") / "migrations"))
     config.set_main_option("path_separator", "os")

@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from ml_backend.clicks.derive import derive, read_prompts, summary
 from ml_backend.clicks.events import Json, packed_mask
-from ml_backend.clicks.schema import annotation_events, answers, clicks, masks, objects, recoveries
+from ml_backend.clicks.schema import annotation_events, answers, clicks, final_masks, masks, objects, recoveries
 
 SUBMITTED, REJECTED, DELETED = "submitted", "rejected", "deleted"
 PENDING = "pending"
@@ -116,6 +116,8 @@ def _add_annotation(connection: Connection, event: Json) -> None:
         if region is not None and not event["cancelled"]:
             if newest:
                 connection.execute(update(objects).where(mine).values(_submitted(event, region)))
+                connection.execute(delete(final_masks).where(final_masks.c.object == known["id"]))
+                connection.execute(insert(final_masks).values(object=known["id"], rle=packed_mask(region)))
         elif known["annotation"] == event["annotation"]:
             # It was in this annotation and has been removed, or the annotation was skipped.
             if newest:
@@ -137,7 +139,6 @@ def _submitted(event: Json, region: Mapping[str, Any]) -> Json:
         "user_id": event["user_id"],
         "lead_time": event["lead_time"],
         "label": ", ".join(map(str, labels)) if labels else None,
-        "final_mask": packed_mask(region),
         "stale": True,
     }
 

@@ -61,7 +61,6 @@ def upgrade() -> None:
         sa.Column("annotation", sa.BigInteger(), nullable=True),
         sa.Column("annotated", sa.String(length=64), nullable=True),
         sa.Column("lead_time", sa.Float(precision=53), nullable=True),
-        sa.Column("final_mask", sa.LargeBinary(), nullable=True),
         sa.Column("final_area", sa.Integer(), nullable=True),
         sa.Column("final_predicted_iou", sa.Float(precision=53), nullable=True),
         sa.Column("last_iou", sa.Float(precision=53), nullable=True),
@@ -79,6 +78,13 @@ def upgrade() -> None:
     op.create_index("objects_by_stale", "objects", ["stale"], unique=False)
     op.create_index("objects_by_start", "objects", ["started"], unique=False)
     op.create_index("objects_by_task", "objects", ["project", "task", "mask_id"], unique=False)
+    op.create_table(
+        "final_masks",
+        sa.Column("object", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("rle", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(["object"], ["objects.id"]),
+        sa.PrimaryKeyConstraint("object"),
+    )
     op.create_table(
         "answers",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -195,5 +201,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Remove them, with everything in them."""
-    for table in ("recoveries", "masks", "clicks", "answers", "annotation_events", "objects"):
+    for table in ("recoveries", "masks", "final_masks", "clicks", "answers", "annotation_events", "objects"):
         op.drop_table(table)

@@ -1,0 +1,188 @@
+"""Training of tiny: the restated decoding is segment_anything's, and a killed run goes on as if it had not been."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from worker.backbones.tiny import build_tiny, load_tiny
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CONFIG = """
+seed = 1
+[pool]
+leave_out = []
+scenes = 14
+scene_side = 96
+held_out = 0.25
+scene_share = 1.0
+[model]
+widths = [8, 8, 16, 16]
+blocks = [1, 1, 1, 1]
+dim = 32
+heads = 4
+mlp_dim = 32
+[teacher]
+channels = 8
+long_side = 64
+weight = 1.0
+[train]
+batch = 2
+objects = 2
+lr = 1e-3
+decoder_lr = 1e-3
+weight_decay = 0.01
+warmup = 0.1
+ema = 0.9
+clip = 1.0
+box_share = 0.2
+checkpoint_minutes = 0.0
+validate_minutes = 60.0
+[[stages]]
+size = 64
+until = 0.5
+[[stages]]
+size = 96
+until = 1.0
+"""
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_decoding_in_training_is_segment_anythings(boxed: bool, with_mask: bool) -> None:
+    decoding = importlib.import_module("tiny.decoding")
+    torch.manual_seed(0)
+    sam = build_tiny(96, (8, 8, 16, 16), (1, 1, 1, 1), 32, 4, 32)
+    embedding = torch.randn(2, 32, 12, 12)
+    mask_input = torch.randn(2, 1, 48, 48) if with_mask else None
+    points = torch.tensor([[[10.0, 20.0], [30.0, 60.0], [50.0, 5.0]], [[1.0, 2.0], [90.0, 80.0], [33.0, 44.0]]])
+    with torch.no_grad():
+        pe = sam.prompt_encoder.get_dense_pe()
+        if boxed:  # two corners, then a click
+            tokens = decoding.prompt_tokens(sam, points, torch.tensor([[2, 3, 0], [2, 3, 1]]))
+        else:  # a click, SAM's padding point, a click
+            padded = points.clone()
+            padded[:, 1] = 0
+            tokens = decoding.prompt_tokens(sam, padded, torch.tensor([[1, -1, 0], [1, -1, 1]]))
+        masks, scores = decoding.decode(sam, embedding, pe, tokens, mask_input)
+        for n in range(2):
+            last = torch.tensor([[0, 1][n]])
+            if boxed:
+                clicks, boxes = (points[n : n + 1, 2:], last[None]), points[n, :2].reshape(1, 4)
+            else:
+                clicks, boxes = (points[n : n + 1, [0, 2]], torch.tensor([[1, int(last)]])), None
+            sparse, dense = sam.prompt_encoder(clicks, boxes, None if mask_input is None else mask_input[n : n + 1])
+            theirs, their_scores = sam.mask_decoder.predict_masks(embedding[n : n + 1], pe, sparse, dense)
+            torch.testing.assert_close(masks[n : n + 1], theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scores[n : n + 1], their_scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_focal_and_dice_against_a_slow_reference() -> None:
+    losses = importlib.import_module("tiny.losses")
+    rng = np.random.default_rng(0)
+    logits, truth = rng.normal(0, 2, (2, 3, 5, 4)), rng.random((2, 1, 5, 4)) > 0.5
+    focal = losses.normalised_focal(torch.tensor(logits), torch.tensor(truth, dtype=torch.float64))
+    dice = losses.dice(torch.tensor(logits), torch.tensor(truth, dtype=torch.float64))
+    for n in range(2):
+        for m in range(3):
+            weighted = weights = both = sizes = 0.0
+            for value, inside in zip(logits[n, m].ravel(), truth[n, 0].ravel(), strict=True):
+                p = 1 / (1 + np.exp(-value))
+                right = p if inside else 1 - p
+                weighted += (1 - right) ** 2 * -np.log(right) / 20
+                weights += (1 - right) ** 2 / 20
+                both += p * inside
+                sizes += p + inside
+            assert focal[n, m].item() == pytest.approx(weighted / (weights + 1e-4), rel=1e-6)
+            assert dice[n, m].item() == pytest.approx(1 - (2 * both + 1) / (sizes + 1), rel=1e-6)
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_correction_lies_in_the_larger_error_and_says_which_it_is() -> None:
+    clicks = importlib.import_module("tiny.clicks")
+    truth, mask = np.zeros((2, 20, 30), bool)
+    truth[4:14, 4:14] = True
+    mask[4:14, 4:9] = True
+    mask[0:2, 25:27] = True
+    for centre in (True, False):
+        x, y, positive = clicks.correction(truth, mask, np.random.default_rng(0), centre=centre)
+        assert positive
+        assert truth[y, x]
+        assert not mask[y, x]
+    mask[:] = True
+    x, y, positive = clicks.correction(truth, mask, np.random.default_rng(0), centre=True)
+    assert not positive
+    assert not truth[y, x]
+
+
+def _start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    (folder / "config.toml").write_text(CONFIG)
+    command = [
+        *(
+            sys.executable,
+            str(SCRIPTS / "train_tiny.py"),
+            "--config",
+            str(folder / "config.toml"),
+            "--folder",
+            str(folder),
+        ),
+        *("--out", str(folder / "out.safetensors"), "--device", "cpu", "--threads", "1", "--workers", "0", *more),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    undisturbed = _start(whole, "--steps", "12")
+    said = undisturbed.communicate(timeout=300)[0]
+    assert undisturbed.returncode == 0, said
+    first = _start(killed, "--steps", "12")
+    for _ in range(3000):
+        if (killed / "checkpoint.pt").exists():
+            break
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL
+    step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert 1 <= step < 12
+    second = _start(killed, "--steps", "12")
+    said = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, said
+    ours, theirs = load_file(killed / "out.safetensors"), load_file(whole / "out.safetensors")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    assert load_tiny(killed / "out.safetensors").image_encoder.img_size == 96
+
+
+def test_going_on_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    first = _start(tmp_path, "--steps", "2")
+    assert first.wait(timeout=300) == 0, first.communicate()[0]
+    changed = tmp_path / "other.toml"
+    changed.write_text(CONFIG.replace("seed = 1", "seed = 2"))
+    second = _start(tmp_path, "--steps", "4", "--config", str(changed))
+    said = second.communicate(timeout=300)[0]
+    assert second.returncode == 2
+    assert "another configuration" in said
+    assert "Traceback" not in said
