@@ -8,6 +8,8 @@ from threading import Lock, RLock
 import numpy as np
 import redis
 import torch
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from worker.backbones import Backbone, build
 from worker.byte_lru import ByteLRU
@@ -34,7 +36,9 @@ class Runtime:
         client = None
         if options.redis_url is not None:
             url = options.redis_url.get_secret_value()
-            client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5)
+            # Without its back-off of seconds: what Redis does not hold at once is quicker to compute.
+            retry = Retry(NoBackoff(), 1)
+            client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5, retry=retry)
         self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client)
         self.logits: LogitsCache = ByteLRU(logits_bytes)
         #: Encoders need gigabytes for a moment: one image at a time.

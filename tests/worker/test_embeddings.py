@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import redis
 import torch
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from segment_anything import SamPredictor
 
 from worker.backbones import Backbone, build
@@ -79,7 +81,10 @@ def test_broken_entry_is_dropped_and_computed_again(
 
 
 def test_a_dead_redis_costs_nothing_but_a_log_line(caplog: pytest.LogCaptureFixture, backbone: Backbone) -> None:
-    with redis.Redis(port=1, socket_connect_timeout=0.2) as client, caplog.at_level(logging.WARNING):
+    with (
+        redis.Redis(port=1, socket_connect_timeout=0.2, retry=Retry(NoBackoff(), 1)) as client,
+        caplog.at_level(logging.WARNING),
+    ):
         cache = EmbeddingCache(1 << 20, client)
         cache.remember_url("http://a/b.png", backbone, "key")
         assert cache.key_of_url("http://a/b.png", backbone) == "key"
