@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
 import webbrowser
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import click
 import requests
@@ -28,41 +24,12 @@ from rich.table import Table
 from ml_backend import label_studio, processes
 from ml_backend.cli import load_settings
 from ml_backend.demo_pictures import pictures_in, sample_pictures
+from ml_backend.demo_project import LABELS, SAMPLES, State, attach, fill, first_open
 from ml_backend.label_studio import LabelStudioApi, LabelStudioError, LabelStudioServer
 from ml_backend.labeling_config import recommended_config
 from ml_backend.settings import Settings
 
-EMAIL = "demo@example.com"
-LABELS = ("Object", "Person", "Animal")
-SAMPLES = "samples"
-
 console = Console(highlight=False)
-
-
-@dataclass
-class State:
-    """What the demo remembers between starts, in `demo.json`: the login and which pictures are in which project."""
-
-    path: Path
-    email: str = EMAIL
-    password: str = field(default_factory=lambda: secrets.token_urlsafe(9))
-    token: str | None = None
-    #: "samples" or the path of a picture folder -> {"id": project, "uploaded": [file names]}
-    projects: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, path: Path) -> State:
-        """The stored state, or a new one."""
-        return cls(path=path, **json.loads(path.read_text())) if path.is_file() else cls(path=path)
-
-    def save(self) -> None:
-        """Write it so that only its owner reads it, and never half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: value for name, value in asdict(self).items() if name != "path"}
-        draft = self.path.with_suffix(".tmp")
-        draft.touch(mode=0o600)
-        draft.write_text(json.dumps(content, indent=1))
-        draft.replace(self.path)
 
 
 @click.command()
@@ -116,18 +83,8 @@ def _start(
     running: contextlib.ExitStack, settings: Settings, images: Path | None, port: int, page_port: int, *, reset: bool
 ) -> tuple[str, LabelStudioServer, Backend]:
     """Start everything, each part stopped by `running`; print what to press; return the address and what runs."""
-    if port == page_port != 0:
-        raise LabelStudioError("Label Studio and the backend need two different ports.")
-    for number, option in ((port, "--port"), (page_port, "--label-studio-port")):
-        if not processes.port_is_free(number):
-            raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
     home = settings.data_dir.absolute() / "demo"
-    if reset and home.exists():
-        with _alone(home):
-            pass
-        aside = home.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
-        home.rename(aside)
-        console.print(f"The former demo is set aside in {aside}")
+    _clear_the_way(home, port, page_port, reset=reset)
     running.enter_context(_alone(home))
     pictures = pictures_in(images) if images else sample_pictures(home / "pictures")
 
@@ -147,29 +104,50 @@ def _start(
         )
         first = " - the first start prepares its database, about a minute" if server.is_new else ""
         doing(f"Starting Label Studio {label_studio.VERSION}{first}")
+        # From the second start on the token is known: the model is loaded while Label Studio starts.
+        token = state.token
+        backend = Backend(settings, home=home, port=port, label_studio_url=server.url)
+        if token:
+            running.enter_context(backend.serving(token))
         running.enter_context(server)
-        if state.token is None:
-            state.token = label_studio.personal_access_token(server.url, state.email, state.password)
+        if not token:
+            token = state.token = label_studio.personal_access_token(server.url, state.email, state.password)
             state.save()
+            running.enter_context(backend.serving(token))
         _done(f"Label Studio {label_studio.VERSION} answers on {server.url}")
-
         doing("Starting the backend")
-        backend = Backend(settings, home=home, port=port, label_studio_url=server.url, token=state.token)
-        running.enter_context(backend)
+        backend.wait()
 
         doing("Preparing the project")
-        api = LabelStudioApi(server.url, state.token)
-        project = _project(api, state, images, pictures)
-        _connect(api, project, backend.url)
+        api = LabelStudioApi(server.url, token)
+        key = str(images.resolve()) if images else SAMPLES
+        project = fill(api, state, key, images, pictures)
+        for complaint in attach(api, state, key, backend.url, settings):
+            console.print(f"[yellow]![/yellow] {complaint}")
         tasks = api.tasks(project)
         _done(f"{len(tasks)} pictures in the project")
         doing("Trying a first click")
         backend.try_a_click(tasks[0]["data"]["image"], recommended_config(LABELS))
         _done(f"The backend answers on {backend.url} (backbone {settings.backbone}, device {settings.device})")
         running.callback(console.print, "Stopping ...")
-    address = f"{server.url}/projects/{project}/data?task={_first_open(tasks)['id']}"
+    address = f"{server.url}/projects/{project}/data?task={first_open(tasks)['id']}"
     console.print(_panel(address, state))
     return address, server, backend
+
+
+def _clear_the_way(home: Path, port: int, page_port: int, *, reset: bool) -> None:
+    """Refuse taken ports; with `reset`, set the former demo aside."""
+    if port == page_port != 0:
+        raise LabelStudioError("Label Studio and the backend need two different ports.")
+    for number, option in ((port, "--port"), (page_port, "--label-studio-port")):
+        if not processes.port_is_free(number):
+            raise LabelStudioError(f"Port {number} is taken: stop what listens there, or choose another with {option}.")
+    if reset and home.exists():
+        with _alone(home):
+            pass
+        aside = home.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
+        home.rename(aside)
+        console.print(f"The former demo is set aside in {aside}")
 
 
 def _done(text: str) -> None:
@@ -179,7 +157,7 @@ def _done(text: str) -> None:
 class Backend:
     """`bald-sam serve` on this machine, working in its own process: no Redis, no credentials, nothing from outside."""
 
-    def __init__(self, settings: Settings, *, home: Path, port: int, label_studio_url: str, token: str) -> None:
+    def __init__(self, settings: Settings, *, home: Path, port: int, label_studio_url: str) -> None:
         self.settings = settings
         self.home = home
         self.port = port
@@ -194,24 +172,28 @@ class Backend:
             "BALD_SAM_STRATEGY": settings.strategy,
             "BALD_SAM_REDIS_URL": "",
             "LABEL_STUDIO_URL": label_studio_url,
-            "LABEL_STUDIO_API_KEY": token,
         }
         for name in ("BALD_SAM_BASIC_AUTH_USER", "BALD_SAM_BASIC_AUTH_PASS", "BALD_SAM_TOKEN"):
             self._environment.pop(name, None)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Backend:
+    @contextlib.contextmanager
+    def serving(self, token: str) -> Iterator[None]:
+        """Start it, without waiting, with the personal access token that it fetches images with; stop it at the end."""
         command = [sys.executable, "-m", "ml_backend.cli", "serve", "--port", str(self.port)]
-        self._process = processes.start(command, env=self._environment, cwd=self.home, log=self.log)
+        environment = self._environment | {"LABEL_STUDIO_API_KEY": token}
+        self._process = processes.start(command, env=environment, cwd=self.home, log=self.log)
+        try:
+            yield
+        finally:
+            processes.stop(self._process)
+
+    def wait(self) -> None:
+        """Until it answers. Raises LabelStudioError when it ended instead."""
         while not self._answers():
             if not self.runs():
                 raise LabelStudioError(f"The backend stopped: {processes.last_words(self.log)} (log: {self.log})")
             time.sleep(0.2)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            processes.stop(self._process)
 
     def runs(self) -> bool:
         """Whether the process is there."""
@@ -245,47 +227,6 @@ class Backend:
             return requests.get(f"{self.url}/health", timeout=2).ok
         except requests.RequestException:
             return False
-
-
-def _project(api: LabelStudioApi, state: State, images: Path | None, pictures: list[Path]) -> int:
-    """The project of these pictures, made where it is missing, with every picture that it does not have yet."""
-    key = str(images.resolve()) if images else SAMPLES
-    known = state.projects.get(key)
-    if known is None or not _exists(api, known["id"]):
-        title = f"bald-sam: {images.resolve().name}" if images else "bald-sam: sample pictures"
-        made = api.call("POST", "/api/projects", json={"title": title[:50], "label_config": recommended_config(LABELS)})
-        known = state.projects[key] = {"id": made["id"], "uploaded": []}
-        state.save()
-    for picture in pictures:
-        if picture.name not in known["uploaded"]:
-            with picture.open("rb") as content:
-                upload = {picture.name: (picture.name, content)}
-                api.call("POST", f"/api/projects/{known['id']}/import", files=upload)
-            known["uploaded"].append(picture.name)
-            state.save()
-    project: int = known["id"]
-    return project
-
-
-def _exists(api: LabelStudioApi, project: int) -> bool:
-    return any(found["id"] == project for found in api.call("GET", "/api/projects?page_size=1000")["results"])
-
-
-def _connect(api: LabelStudioApi, project: int, url: str) -> None:
-    """Make the backend the project's interactive one. Label Studio adds the webhook when it is connected."""
-    wanted = {"url": url, "title": "bald-sam", "is_interactive": True}
-    for backend in api.call("GET", f"/api/ml?project={project}"):
-        if backend["url"] == url and backend["is_interactive"]:
-            return
-        api.call("DELETE", f"/api/ml/{backend['id']}")
-    for hook in api.call("GET", f"/api/webhooks/?project={project}"):
-        api.call("DELETE", f"/api/webhooks/{hook['id']}/")
-    api.call("POST", "/api/ml", json=wanted | {"project": project})
-
-
-def _first_open(tasks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first task that is not labelled yet, else the first."""
-    return next((task for task in tasks if not task["is_labeled"]), tasks[0])
 
 
 def _panel(address: str, state: State) -> Panel:

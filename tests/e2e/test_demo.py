@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from ml_backend import processes
-from ml_backend.demo import State
+from ml_backend.demo_project import State
 from ml_backend.label_studio import LabelStudioApi
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ml_backend import demo_pictures
-from ml_backend.demo import State, demo
+from ml_backend.demo import demo
+from ml_backend.demo_project import State
 
 
 @pytest.fixture
