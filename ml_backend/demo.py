@@ -166,9 +166,9 @@ class Backend:
         self._environment = os.environ | {
             "BALD_SAM_DATA_DIR": str(settings.data_dir.absolute()),
             "BALD_SAM_BACKBONE": settings.backbone,
-            "BALD_SAM_CHECKPOINT": str(settings.checkpoint or ""),
+            "BALD_SAM_CHECKPOINT": str(settings.checkpoint.absolute()) if settings.checkpoint else "",
             "BALD_SAM_DEVICE": settings.device,
-            "BALD_SAM_HEAD": settings.head,
+            "BALD_SAM_HEAD": str(Path(settings.head).absolute()) if Path(settings.head).exists() else settings.head,
             "BALD_SAM_STRATEGY": settings.strategy,
             "BALD_SAM_REDIS_URL": "",
             "LABEL_STUDIO_URL": label_studio_url,

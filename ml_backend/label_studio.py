@@ -202,7 +202,10 @@ def personal_access_token(url: str, email: str, password: str) -> str:
     if answer.status_code == requests.codes.unauthorized:
         raise LabelStudioError(f"Label Studio does not accept the password of {email}.")
     if answer.status_code == requests.codes.conflict:
-        raise LabelStudioError(f"{email} has a personal access token already; Label Studio shows it only once.")
+        raise LabelStudioError(
+            f"{email} has a personal access token already, and Label Studio shows it only once: "
+            "delete it there under Account & Settings, or begin anew with `bald-sam demo --reset`."
+        )
     answer.raise_for_status()
     token: str = answer.json()["token"]
     return token
