@@ -221,3 +221,65 @@ def heads_use(name: str) -> None:
         fail(str(error))
     (root / "default").write_text(name + "\n")
     click.echo(f"Using {head.id} for {head.backbone}. Running workers take it up when they are restarted.")
+
+
+@click.command()
+@DATA
+@click.option("--name", required=True, help="Name of the head; it is kept in the data directory.")
+@BACKBONE
+@CHECKPOINT
+@DEVICE
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write to this .safetensors file instead.")
+@click.option("--objects", default=600, type=click.IntRange(1), help="At most this many objects.", show_default=True)
+@click.option("--per-image", default=2, type=click.IntRange(1), help="Objects of one image.", show_default=True)
+@click.option("--clicks", default=6, type=click.IntRange(1), help="States of each object.", show_default=True)
+@click.option("--effective", default=40.0, help="Independent pixels that one state counts as.", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def train(
+    folders: tuple[Path, ...],
+    name: str,
+    backbone: str | None,
+    checkpoint: Path | None,
+    device: str | None,
+    out: Path | None,
+    objects: int,
+    per_image: int,
+    clicks: int,
+    effective: float,
+    seed: int,
+) -> None:
+    """Fit a head and its posterior to simulated click sessions on folders of images and masks."""
+    from evaluation.datasets import read_pairs, subset
+    from worker.backbones import build
+    from worker.head.fit import FitOptions
+    from worker.head.store import save_head
+    from worker.training import SessionOptions, train_head
+
+    settings = Settings()
+    show = _progress()
+    try:
+        share = -(-objects // len(folders))
+        examples = [
+            pair for folder in folders for pair in subset(read_pairs(folder, per_image=per_image, seed=seed), share)
+        ]
+        model = build(
+            backbone or settings.backbone,
+            checkpoint=checkpoint or settings.checkpoint,
+            device=device or settings.device,
+            data_dir=settings.data_dir,
+        )
+        head = train_head(
+            model,
+            examples,
+            SessionOptions(clicks=clicks, seed=seed),
+            FitOptions(effective=effective),
+            notes={"sets": sorted({pair.dataset for pair in examples})},
+            progress=lambda done: show(done, len(examples)),
+        )
+    except ValueError as error:
+        fail(str(error))
+    path = out or settings.data_dir / "heads" / name / "head.safetensors"
+    save_head(head, path)
+    click.echo(f"{path}: {head.notes['states']} states of {head.notes['objects']} objects.")
+    if out is None:
+        click.echo(f"Use it with `bald-sam heads use {name}`, or `--head {name}`.")

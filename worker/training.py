@@ -6,9 +6,9 @@ previous mask fed back each time. From every state a few hundred pixels are kept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import encode
-from worker.head.features import pixel_features
+from worker.head.features import feature_names, pixel_features
+from worker.head.fit import FitOptions, Pixels, fit_linear
+from worker.head.store import Head, channels_of
 
 Mask = NDArray[np.bool_]
 
@@ -42,22 +44,6 @@ class SessionOptions:
     clicks: int = 6
     pixels: int = 384
     seed: int = 0
-
-
-@dataclass
-class Pixels:
-    """Labelled pixels grouped by state.
-
-    features: (G, n, d) float32; labels: (G, n) bool; weights: (G, n), mean 1 in each state; objects: (G,) int64, which
-    object each state belongs to; clicks: (G,) int64, how many clicks had been made.
-    """
-
-    features: Tensor
-    labels: Tensor
-    weights: Tensor
-    objects: Tensor
-    clicks: Tensor
-    names: list[str] = field(default_factory=list)
 
 
 def collect(
@@ -96,6 +82,23 @@ def collect(
         raise ValueError("There is nothing to train on: give folders with images and masks.")
     features, labels, weights = (torch.stack([state[i] for state in kept]).clone() for i in range(3))
     return Pixels(features, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
+
+
+def train_head(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    sessions: SessionOptions,
+    fit: FitOptions,
+    *,
+    notes: dict[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Head:
+    """Sessions on `examples`, then the hierarchical linear head. Raises ValueError when there is no example."""
+    pixels = collect(backbone, examples, sessions, progress=progress)
+    posterior = fit_linear(feature_names(channels_of(backbone.sam)), pixels, fit)
+    recipe = {"sessions": asdict(sessions), "fit": asdict(fit)}
+    counts = {"objects": len(pixels.names), "states": len(pixels.objects)}
+    return Head("trained", posterior, backbone.id, notes={**(notes or {}), **recipe, **counts})
 
 
 def lowres_truth(truth: Mask, decoded: Decoded) -> Tensor:

@@ -8,13 +8,28 @@ approximation of each w_g). N(mu, S) is then the prior of a new object, to be co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from worker.head.linear import LinearPosterior
-from worker.training import Pixels
+
+
+@dataclass
+class Pixels:
+    """Labelled pixels grouped by state.
+
+    features: (G, n, d) float32; labels: (G, n) bool; weights: (G, n), mean 1 in each state; objects: (G,) int64, which
+    object each state belongs to; clicks: (G,) int64, how many clicks had been made.
+    """
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+    objects: Tensor
+    clicks: Tensor
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

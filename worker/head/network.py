@@ -21,7 +21,7 @@ class Kind(StrEnum):
 
 
 class TwoLogits(nn.Linear):
-    """[0, f] from f, frozen: a binary likelihood for libraries that know softmax only: softmax([0, f])_1 = sigmoid(f)."""
+    """[0, f] from f, frozen: a binary likelihood for a library that knows softmax: softmax([0, f])_1 = sigmoid(f)."""
 
     def __init__(self) -> None:
         super().__init__(1, 2, bias=False)

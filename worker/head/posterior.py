@@ -104,7 +104,7 @@ class LaplacePosterior:
     def _split(self, flat: Tensor) -> dict[str, Tensor]:
         shapes = dict(self.network.named_parameters())
         sizes = [shapes[name].numel() for name in self.names]
-        parts = torch.split(flat, sizes)  # type: ignore[no-untyped-call]
+        parts = torch.split(flat, sizes)
         return {name: part.view(shapes[name].shape) for name, part in zip(self.names, parts, strict=True)}
 
 
