@@ -15,6 +15,8 @@ import click
 #: Command -> (module:attribute, one line of help).
 COMMANDS = {
     "ablate": ("ml_backend.evaluate_cli:ablate", "Compare heads and posteriors."),
+    "clicks": ("ml_backend.clicks_cli:clicks", "Export and report the click log."),
+    "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),
     "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
     "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
     "heads": ("ml_backend.evaluate_cli:heads", "List the trained heads and choose one."),
@@ -118,7 +120,7 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
         app = create_app(settings)
     except (BackendError, OSError, ValueError) as exc:
         fail(str(exc))
-    runner = app.extensions["bald_sam_runner"]
+    runner, clicks = app.extensions["bald_sam_runner"], app.extensions["bald_sam_clicks"]
     try:
         server = waitress.create_server(
             app,
@@ -140,11 +142,19 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
     if settings.redis_url is None:
         target = (settings, app.extensions["bald_sam_ready"])
         threading.Thread(target=_warm_up, args=target, name="warm-up", daemon=True).start()
+    if clicks is not None:
+        try:
+            clicks.start()
+        except OSError as exc:
+            runner.close()
+            fail(f"The click log cannot be written in {settings.data_dir}: {exc.strerror or exc}.")
     try:
         server.run()
     finally:
         server.close()
         runner.close()
+        if clicks is not None:
+            clicks.close()
 
 
 def _port(server: Any, asked: int) -> int:

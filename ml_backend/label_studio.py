@@ -227,9 +227,7 @@ class LabelStudioApi:
             self._refresh()
         answer = self._session.request(method, f"{self.url}{path}", timeout=120, **kwargs)
         if not answer.ok:
-            raise LabelStudioError(
-                f"Label Studio answered {answer.status_code} to {method} {path}: {answer.text[:300]}"
-            )
+            raise LabelStudioError(f"Label Studio answered {answer.status_code} to {method} {path}: {_reason(answer)}")
         return answer.json() if answer.content else None
 
     def tasks(self, project: int) -> list[dict[str, Any]]:
@@ -254,6 +252,16 @@ class LabelStudioApi:
             raise LabelStudioError("Label Studio does not accept the stored personal access token.")
         self._session.headers["Authorization"] = f"Bearer {answer.json()['access']}"
         self._expires = time.monotonic() + 240
+
+
+def _reason(answer: requests.Response) -> str:
+    """What an error answer says, without the wrapping: its validation errors, else its detail, else its text."""
+    try:
+        body = answer.json()
+        errors = body.get("validation_errors") or {}
+        return " ".join(text for texts in errors.values() for text in texts) or str(body["detail"])
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return answer.text[:300]
 
 
 def checkout() -> Path | None:
