@@ -19,8 +19,6 @@ UNUSABLE = """<View>
   <Image name="image" value="$image"/>
   <Choices name="c" toName="image"><Choice value="a"/></Choices>
 </View>"""
-    '<View><Image name="image" value="$image"/><Choices name="c" toName="image"><Choice value="a"/></Choices></View>'
-)
 
 
 class Idle:
