@@ -19,7 +19,7 @@ from worker.acquisition.state import State
 from worker.acquisition.stopping import StoppingRule
 from worker.contract import Prompts, Proposal
 from worker.head import predictive
-from worker.head.features import pixel_features
+from worker.head.features import coarse, pixel_features
 from worker.head.store import channels_of, find_head, on_device
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Decision:
 
     `logits`: (h, w) float32, the mask to show, in the low-resolution frame of the `Decoded` it came from.
     `proposal`: the next click in original pixels, or None, and then `stopped` says why in words.
-    `maps`: score, bald, entropy, probability as (h, w) float32 arrays, when asked for.
+    `maps`: score, bald, entropy, probability as float32 arrays over the (coarser) grid of proposals, when asked for.
     """
 
     logits: Tensor
@@ -81,12 +81,14 @@ class Proposer:
             maps: fill `Decision.maps`.
         """
         chosen = self.strategy if strategy in (None, "default") else acquisition.find(strategy)
+        grid = coarse(decoded)
         state = State(
             decoded=decoded,
+            coarse=grid,
             prompts=prompts,
-            features=pixel_features(decoded, prompts),
+            features=pixel_features(grid, prompts),
             posterior=self.head.posterior,
-            allowed=allowed_pixels(decoded, prompts),
+            allowed=allowed_pixels(grid, prompts),
             seed=_seed(prompts, seed),
             redecode=redecode,
         )
@@ -97,7 +99,7 @@ class Proposer:
         proposal = None
         if pixel is not None and stopped is None:
             row, col = pixel
-            x, y = decoded.frame.to_original(col + 0.5, row + 0.5)
+            x, y = grid.frame.to_original(col + 0.5, row + 0.5)
             height, width = decoded.frame.original_size
             proposal = Proposal(
                 x=min(max(x, 0.5), width - 0.5),
@@ -106,7 +108,9 @@ class Proposer:
                 score=float(score[pixel]),
                 strategy=chosen.name,
             )
-        logits = state.mean if self.head.shows == "head" else decoded.logits
+        logits = decoded.logits
+        if self.head.shows == "head":
+            logits = state.conditioned.logit_mean(pixel_features(decoded, prompts))
         return Decision(logits, proposal, stopped, _maps(state, score) if maps else {})
 
 

@@ -21,7 +21,7 @@ from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import encode
-from worker.head.features import feature_names, pixel_features
+from worker.head.features import coarse, feature_names, pixel_features
 from worker.head.fit import FitOptions, Pixels, fit_linear
 from worker.head.store import Head, channels_of
 
@@ -64,13 +64,14 @@ def collect(
             prompts = Prompts(clicks=(_start(truth, rng),))
             previous: Tensor | None = None
             for count in range(1, options.clicks + 1):
-                decoded = decode(backbone, embedding, prompts, previous)
+                answer = decode(backbone, embedding, prompts, previous)
+                decoded = coarse(answer)
                 features = pixel_features(decoded, prompts)
                 labels = lowres_truth(truth, decoded)
                 kept.append(_sample(features, labels, decoded, options.pixels, rng))
                 objects.append(number)
                 counts.append(count)
-                previous = decoded.logits[None]
+                previous = answer.logits[None]
                 click = _next(truth, labels, decoded, prompts, rng)
                 if click is None:
                     break

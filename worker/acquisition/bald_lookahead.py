@@ -26,13 +26,14 @@ def bald_lookahead(state: State) -> Tensor:
     height, width = first.shape
     score = torch.full_like(first, -torch.inf)
     shown = torch.sigmoid(state.decoded.logits)
+    rows, cols = state.decoded.frame.valid
     for row, col in best_pixels(first, state.allowed, CANDIDATES, 2 * exclusion_radius(max(height, width))):
-        x, y = state.decoded.frame.to_original(col + 0.5, row + 0.5)
+        x, y = state.coarse.frame.to_original(col + 0.5, row + 0.5)
         inside = float(state.probability[row, col])
         change = 0.0
         for positive, chance in ((True, inside), (False, 1.0 - inside)):
             clicks = (*state.prompts.clicks, Click(x=x, y=y, positive=positive))
             after = state.redecode(Prompts(clicks=clicks, box=state.prompts.box), state.decoded.logits[None])
-            change += chance * float(torch.where(state.valid, (torch.sigmoid(after.logits) - shown).abs(), 0.0).sum())
+            change += chance * float((torch.sigmoid(after.logits) - shown)[:rows, :cols].abs().sum())
         score[row, col] = change
     return score

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from worker.head.features import box_mean
 
 #: Radii of the discs over which a map is averaged, as fractions of the frame's longer side.
 RADII = (0.012, 0.025, 0.05, 0.1)
@@ -23,13 +24,6 @@ def regional(values: Tensor, valid: Tensor, *, radii: tuple[float, ...] = RADII,
     best = torch.zeros_like(values)
     for fraction in radii:
         radius = max(1, round(fraction * side * 0.75))
-        blurred = _box(_box(source, radius), radius)
+        blurred = box_mean(box_mean(source, radius), radius)
         best = torch.maximum(best, (fraction / radii[0]) ** power * blurred)
     return best
-
-
-def _box(image: Tensor, radius: int) -> Tensor:
-    window = 2 * radius + 1
-    # Zero padding that counts in the mean: beyond the frame there is nothing to repair.
-    rows = F.avg_pool2d(image[None, None], (window, 1), stride=1, padding=(radius, 0))
-    return F.avg_pool2d(rows, (1, window), stride=1, padding=(0, radius))[0, 0]

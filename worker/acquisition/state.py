@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class State:
-    """Maps are (h, w) float32 over the low-resolution frame of `decoded`, padding included.
+    """Maps are (h, w) float32 over the grid of `coarse`, padding included.
 
+    `decoded`: the decoder's answer; `coarse`: the same on the grid of proposals (`worker.head.features.coarse`).
     `posterior`: before this session's clicks; `conditioned`: after them. `allowed`: (h, w) bool, where a click may go.
     `seed`: for strategies that draw. `redecode`: answers other prompts for the same image, where the caller can.
     """
 
     decoded: Decoded
+    coarse: Decoded
     prompts: Prompts
     features: Tensor  # (d, h, w)
     posterior: LinearPosterior
@@ -41,7 +43,7 @@ class State:
         """The posterior given the labels of the clicked pixels."""
         height, width = self.allowed.shape
         clicks = self.prompts.clicks
-        at = [self.decoded.frame.to_lowres(click.x, click.y) for click in clicks]
+        at = [self.coarse.frame.to_lowres(click.x, click.y) for click in clicks]
         rows = [min(max(int(row), 0), height - 1) for _, row in at]
         cols = [min(max(int(col), 0), width - 1) for col, _ in at]
         labels = torch.tensor([click.positive for click in clicks], dtype=torch.bool, device=self.features.device)
@@ -80,7 +82,7 @@ class State:
     @cached_property
     def valid(self) -> Tensor:
         """(h, w) bool: pixels that lie on the image."""
-        rows, cols = self.decoded.frame.valid
+        rows, cols = self.coarse.frame.valid
         valid = torch.zeros_like(self.allowed)
         valid[:rows, :cols] = True
         return valid

@@ -8,6 +8,7 @@ re-weighted SAM heads, and each logit f(x) = <w, phi(x)> is Gaussian.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,8 @@ LOGIT_CLIP = 8.0
 #: Sides of the blur windows as fractions of the longer side of the frame.
 BLUR_SIDES = (0.03, 0.1)
 CANDIDATES = 3
+#: Proposals are made on a grid of at most this many cells along the longer side: 8 pixels of a 1024 frame each.
+GRID = 128
 
 
 def feature_names(channels: int) -> tuple[str, ...]:
@@ -41,8 +44,25 @@ def feature_names(channels: int) -> tuple[str, ...]:
     )
 
 
+def coarse(decoded: Decoded) -> Decoded:
+    """`decoded` averaged over blocks so that its longer side has at most `GRID` cells, where sizes divide evenly.
+
+    Averaging commutes with a linear head, keeps a click's place to half a block, and makes a proposal four times
+    cheaper. Frames and coordinates stay right: only `lowres_size` changes.
+    """
+    height, width = decoded.logits.shape
+    block = -(-max(height, width) // GRID)
+    if block == 1 or height % block or width % block:
+        return decoded
+    logits, upscaled, candidates = (
+        F.avg_pool2d(maps[None], block)[0] for maps in (decoded.logits[None], decoded.upscaled, decoded.candidates)
+    )
+    frame = replace(decoded.frame, lowres_size=(height // block, width // block))
+    return replace(decoded, logits=logits[0], upscaled=upscaled, candidates=candidates, frame=frame)
+
+
 def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
-    """Features of every low-resolution pixel: (d, h, w) float32 in the order of `feature_names`.
+    """Features of every pixel of `decoded`: (d, h, w) float32 in the order of `feature_names`.
 
     `logit`: SAM's own mask logit; `channel_c`: h_c U_c, which sum to it; `squashed`: tanh(l / 2), the shape of a
     confident edge; `blur_i`: mean of the clipped logit around the pixel; `candidate_k`: how much the k-th multimask
@@ -53,7 +73,7 @@ def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
     side = float(max(height, width))
     clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
     parts = [logits[None], decoded.hyper[:, None, None] * upscaled, torch.tanh(logits / 2.0)[None]]
-    parts += [_box_mean(clipped, max(1, round(fraction * side) // 2))[None] for fraction in BLUR_SIDES]
+    parts += [box_mean(clipped, max(1, round(fraction * side) // 2))[None] for fraction in BLUR_SIDES]
     parts.append(_candidate_differences(decoded.candidates, clipped))
     for positive in (True, False):
         points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
@@ -76,11 +96,15 @@ def distance_to_points(points: list[tuple[float, float]], height: int, width: in
     return squared.amin(0).sqrt()
 
 
-def _box_mean(image: Tensor, radius: int) -> Tensor:
+def box_mean(image: Tensor, radius: int) -> Tensor:
+    """Mean over windows of side 2 radius + 1 of (h, w), the border replicated; cost does not depend on the radius."""
     window = 2 * radius + 1
-    padded = F.pad(image[None, None], (radius, radius, radius, radius), mode="replicate")
-    rows = F.avg_pool2d(padded, (window, 1), stride=1)
-    return F.avg_pool2d(rows, (1, window), stride=1)[0, 0]
+    for axis in (1, 0):
+        pad = (radius + 1, radius, 0, 0) if axis == 1 else (0, 0, radius + 1, radius)
+        sums = F.pad(image[None, None], pad, mode="replicate")[0, 0].cumsum(axis)
+        length = image.shape[axis]
+        image = (sums.narrow(axis, window, length) - sums.narrow(axis, 0, length)) / window
+    return image
 
 
 def _candidate_differences(candidates: Tensor, clipped: Tensor) -> Tensor:

@@ -52,13 +52,11 @@ class LinearPosterior:
 
     def logit_mean(self, features: Tensor) -> Tensor:
         """E[f] for features (d, ...): shape (...)."""
-        mean: Tensor = torch.tensordot(self.mean, features, dims=1)
-        return mean
+        return (self.mean @ features.flatten(1)).view(features.shape[1:])
 
     def whitened(self, features: Tensor) -> Tensor:
         """g = factor' phi for features (d, ...): (r, ...). Cov(f(x), f(y)) = <g(x), g(y)>, Var f(x) = |g(x)|^2."""
-        whitened: Tensor = torch.tensordot(self.factor.T, features, dims=1)
-        return whitened
+        return (self.factor.T @ features.flatten(1)).view(-1, *features.shape[1:])
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the logit for features (d, ...), each of shape (...)."""

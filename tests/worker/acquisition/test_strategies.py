@@ -17,7 +17,7 @@ from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import Embedding, encode
 from worker.head import predictive
-from worker.head.features import distance_to_points, feature_names, pixel_features
+from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
 from worker.head.linear import sam_centred
 from worker.proposer import Proposer
 
@@ -44,23 +44,25 @@ def decoded(backbone: Backbone, embedding: Embedding) -> Decoded:
 @pytest.fixture(scope="module")
 def state(backbone: Backbone, embedding: Embedding, decoded: Decoded) -> State:
     names = feature_names(decoded.upscaled.shape[0])
+    grid = coarse(decoded)
     return State(
         decoded=decoded,
+        coarse=grid,
         prompts=PROMPTS,
-        features=pixel_features(decoded, PROMPTS),
+        features=pixel_features(grid, PROMPTS),
         posterior=sam_centred(names),
-        allowed=allowed_pixels(decoded, PROMPTS),
+        allowed=allowed_pixels(grid, PROMPTS),
         redecode=lambda prompts, mask: decode(backbone, embedding, prompts, mask),
     )
 
 
 def test_features_hold_sam(state: State) -> None:
     names = state.posterior.names
-    assert state.features.shape == (len(names), *state.decoded.logits.shape)
+    assert state.features.shape == (len(names), *state.coarse.logits.shape)
     assert torch.isfinite(state.features).all()
     channels = [i for i, name in enumerate(names) if name.startswith("channel")]
-    assert torch.allclose(state.features[channels].sum(0), state.decoded.logits, atol=1e-4)
-    assert torch.equal(state.posterior.logit_mean(state.features), state.decoded.logits)
+    assert torch.allclose(state.features[channels].sum(0), state.coarse.logits, atol=1e-4)
+    assert torch.equal(state.posterior.logit_mean(state.features), state.coarse.logits)
 
 
 def test_near_features_peak_at_their_clicks(state: State) -> None:
@@ -68,17 +70,37 @@ def test_near_features_peak_at_their_clicks(state: State) -> None:
     for click, kind in zip(PROMPTS.clicks, ("positive", "negative"), strict=True):
         near = state.features[names.index(f"near_{kind}_0")]
         row, col = np.unravel_index(int(near.argmax()), near.shape)
-        found = state.decoded.frame.to_lowres(click.x, click.y)
+        found = state.coarse.frame.to_lowres(click.x, click.y)
         assert abs(col + 0.5 - found[0]) <= 0.5 and abs(row + 0.5 - found[1]) <= 0.5
 
 
+def test_the_grid_is_an_average_in_the_same_frame(decoded: Decoded) -> None:
+    grid = coarse(decoded)
+    assert max(grid.logits.shape) <= 128 < max(decoded.logits.shape)
+    block = decoded.logits.shape[0] // grid.logits.shape[0]
+    assert grid.logits[3, 5] == pytest.approx(
+        float(decoded.logits[3 * block : 4 * block, 5 * block : 6 * block].mean()), rel=1e-4
+    )
+    assert torch.allclose(torch.einsum("c,chw->hw", grid.hyper, grid.upscaled), grid.logits, atol=1e-4)
+    for point in ((0.5, 0.5), (150.0, 33.3)):
+        assert grid.frame.to_original(*grid.frame.to_lowres(*point)) == pytest.approx(point)
+
+
+def test_box_mean_matches_a_plain_mean() -> None:
+    image = torch.rand(9, 13, dtype=torch.float64)
+    found = box_mean(image, 2)
+    assert found[4, 6] == pytest.approx(float(image[2:7, 4:9].mean()))
+    corner = [image[max(r, 0), max(c, 0)] for r in range(-2, 3) for c in range(-2, 3)]
+    assert found[0, 0] == pytest.approx(float(torch.stack(corner).mean()))
+
+
 def test_allowed_pixels(state: State) -> None:
-    rows, cols = state.decoded.frame.valid
+    rows, cols = state.coarse.frame.valid
     assert rows < state.allowed.shape[0]
     assert not state.allowed[rows:].any() and not state.allowed[:, cols:].any()
     radius = exclusion_radius(max(state.allowed.shape))
     for click in PROMPTS.clicks:
-        point = state.decoded.frame.to_lowres(click.x, click.y)
+        point = state.coarse.frame.to_lowres(click.x, click.y)
         distance = distance_to_points([point], *state.allowed.shape, device=state.allowed.device)
         assert not state.allowed[distance <= radius].any()
     assert state.allowed.sum() > 0.95 * rows * cols
@@ -138,7 +160,7 @@ def test_conditioning_lowers_the_variance_and_follows_the_clicks(state: State) -
     _, before = state.prior_moments
     assert (state.variance <= before + 1e-4).all()
     for click in PROMPTS.clicks:
-        col, row = (int(v) for v in state.decoded.frame.to_lowres(click.x, click.y))
+        col, row = (int(v) for v in state.coarse.frame.to_lowres(click.x, click.y))
         prior = float(predictive.probability(*state.prior_moments)[row, col])
         after = float(state.probability[row, col])
         assert after > prior if click.positive else after < prior
