@@ -36,13 +36,10 @@ from ml_backend.jobs import (
     worker_failed,
 )
 from worker import contract
-from worker.contract import EmbedJob, Queue, SegmentJob, SegmentResult
+from worker.contract import WORKER_KEY, WORKERS_KEY, EmbedJob, Queue, SegmentJob, SegmentResult
 
 log = logging.getLogger(__name__)
 
-#: Set of worker names; each has a key WORKER_KEY + name that expires unless the worker renews it.
-WORKERS_KEY = "bald-sam:workers"
-WORKER_KEY = "bald-sam:worker:"
 SESSION_KEY = "bald-sam:session:"
 EMBED_KEY = "bald-sam:embed:"
 

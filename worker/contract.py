@@ -23,6 +23,10 @@ class Queue(StrEnum):
     TRAIN = "train"
 
 
+#: Redis keys by which workers are known to live: a set of names, and for each name a key that expires unless renewed.
+WORKERS_KEY = "bald-sam:workers"
+WORKER_KEY = "bald-sam:worker:"
+
 #: Dotted names of the functions that a worker may run; everything else in Redis is refused.
 SEGMENT = "worker.tasks.segment"
 EMBED = "worker.tasks.embed"

@@ -25,12 +25,10 @@ from rq.exceptions import DequeueTimeout, StopRequested
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from worker.contract import JOB_FUNCTIONS, Queue, RuntimeOptions
+from worker.contract import JOB_FUNCTIONS, WORKER_KEY, WORKERS_KEY, Queue, RuntimeOptions
 
 log = logging.getLogger(__name__)
 
-WORKERS_KEY = "bald-sam:workers"
-WORKER_KEY = "bald-sam:worker:"
 #: A sign of life every BEAT_S; without one the worker counts as dead after ALIVE_MS.
 BEAT_S = 0.4
 ALIVE_MS = 1200

@@ -14,10 +14,8 @@ import redis
 from rq import Queue as RqQueue
 from rq.serializers import JSONSerializer
 
-from ml_backend import rq_runner
 from ml_backend.jobs import JobFailed
 from ml_backend.rq_runner import RqRunner
-from worker import rq_worker
 from worker.contract import Click, EmbedJob, ImageRef, Prompts, SegmentJob
 
 SCRIPT = Path(__file__).with_name("queue_worker.py")
@@ -91,10 +89,6 @@ def carried(runner: RqRunner) -> list[dict[str, Any]]:
 
 def pid_of(name: str) -> int:
     return int(name.split("-")[-2])
-
-
-def test_both_sides_use_the_same_keys() -> None:
-    assert (rq_runner.WORKERS_KEY, rq_runner.WORKER_KEY) == (rq_worker.WORKERS_KEY, rq_worker.WORKER_KEY)
 
 
 def test_a_click_is_answered_and_hops_are_short(
