@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from conftest import Studio
 
 from ml_backend import processes
 from ml_backend.app import create_app
@@ -48,7 +48,7 @@ def backend(settings: Settings) -> Iterator[str]:
 
 
 @pytest.fixture
-def project(studio: Studio) -> int:
+def project(studio: Any) -> int:
     body = studio.api.call("POST", "/api/projects/", json={"title": "connect", "label_config": UNUSABLE})
     return int(body["id"])
 
@@ -58,7 +58,7 @@ def states(steps: Iterator[Step]) -> list[str]:
 
 
 def test_a_bare_project_is_connected_and_a_second_time_finds_it_right(
-    studio: Studio, backend: str, project: int, settings: Settings
+    studio: Any, backend: str, project: int, settings: Settings
 ) -> None:
     first = states(connect(studio.api, project, backend, settings, labels=["Cell", "Nucleus"]))
     assert first == ["mended", "mended", "mended"]
@@ -75,7 +75,7 @@ def test_a_bare_project_is_connected_and_a_second_time_finds_it_right(
 
 
 def test_an_unusable_config_is_told_and_left_alone_without_labels(
-    studio: Studio, backend: str, project: int, settings: Settings
+    studio: Any, backend: str, project: int, settings: Settings
 ) -> None:
     step = next(connect(studio.api, project, backend, settings))
     assert step.state == "wrong"
@@ -83,7 +83,7 @@ def test_an_unusable_config_is_told_and_left_alone_without_labels(
     assert "Choices" in studio.api.call("GET", f"/api/projects/{project}/")["label_config"]
 
 
-def test_wrong_credentials_are_told(studio: Studio, backend: str, project: int) -> None:
+def test_wrong_credentials_are_told(studio: Any, backend: str, project: int) -> None:
     wrong = Settings(basic_auth_user="label-studio", basic_auth_pass="another password")
     steps = connect(studio.api, project, backend, wrong, labels=["Cell"])
     next(steps)
