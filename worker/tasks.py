@@ -159,7 +159,8 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
         height=job.height,
         rle=rle,
         area=int(mask.sum()),
-        predicted_iou=decoded.predicted_iou,
+        # SAM's head is not bounded, and Label Studio shows this as a score.
+        predicted_iou=min(max(decoded.predicted_iou, 0.0), 1.0),
         proposal=_in_job(proposal, job, embedding),
         stopped=stopped,
         model_version=proposer.model_version,
