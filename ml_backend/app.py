@@ -6,14 +6,18 @@ import logging
 import secrets
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, after_this_request, g, has_request_context, jsonify, request
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
 from ml_backend import auth, labeling_config
 from ml_backend.body import read_json, without_masks
+from ml_backend.clicks import AnsweredClick, ClickLog
+from ml_backend.clicks.export import Filter, parse_day
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.metrics import Metrics
 from ml_backend.model import BaldSamBackend, model_version, project_id
@@ -46,15 +50,19 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
 
         runner = make_runner(settings)
     metrics = Metrics()
-    backend = BaldSamBackend(settings=settings, runner=runner, observe=metrics.click)
+    clicks = ClickLog.from_settings(settings) if settings.click_log else None
+    experiment = _AfterTheAnswer(clicks) if clicks is not None else None
+    backend = BaldSamBackend(settings=settings, runner=runner, observe=metrics.click, experiment=experiment)
     version = model_version(settings)
 
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_mb * 1_000_000
     app.extensions["bald_sam_runner"] = runner
+    app.extensions["bald_sam_clicks"] = clicks
     #: Set once the model of this process is loaded.
     ready = app.extensions["bald_sam_ready"] = threading.Event()
     _add_hooks(app, settings, metrics)
+    _add_report(app, clicks)
 
     @app.get("/")
     def index() -> Response:
@@ -110,6 +118,8 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         project = body.get("project")
         log.info("event %s, project %s", known, project.get("id") if isinstance(project, dict) else None)
         metrics.events.labels(known).inc()
+        if clicks is not None:
+            clicks.webhook(body)
         return jsonify(status="received"), 201
 
     @app.get("/versions")
@@ -121,6 +131,51 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         return Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+class _AfterTheAnswer:
+    """The click log, told of each click when the answer to it has left. Outside of a request it is told at once."""
+
+    def __init__(self, clicks: ClickLog) -> None:
+        self._clicks = clicks
+        self.arm = clicks.arm
+
+    def answered(self, click: AnsweredClick) -> None:
+        if not has_request_context():
+            self._clicks.answered(click)
+            return
+
+        @after_this_request
+        def log_when_sent(response: Response) -> Response:
+            response.call_on_close(lambda: self._clicks.answered(replace(click, answered=time.time())))
+            return response
+
+
+def _add_report(app: Flask, clicks: ClickLog | None) -> None:
+    one_at_a_time = threading.Lock()  # a large log takes seconds
+
+    @app.get("/report")
+    def report() -> Response:
+        if clicks is None:
+            raise RequestError("Clicks are not logged here.", "Set BALD_SAM_CLICK_LOG=on.", status=404)
+        try:
+            projects = tuple(int(value) for value in request.args.getlist("project"))
+            since, until = (
+                parse_day(value) if (value := request.args.get(name)) else None for name in ("since", "until")
+            )
+        except ValueError as exc:
+            raise RequestError(
+                f"The report cannot be chosen so: {exc}.", "Ask /report?project=3&since=2026-11-01&until=2026-12-01."
+            ) from exc
+        try:
+            with one_at_a_time:
+                page = clicks.report(Filter(projects, since, until))
+        except SQLAlchemyError as exc:
+            log.warning("no report: %s", exc)
+            raise BackendError(
+                "The database of the click log does not answer.", "Clicks are kept; try again later.", status=503
+            ) from exc
+        return Response(page, content_type="text/html; charset=utf-8")
 
 
 def _has_worker(status: dict[str, Any]) -> bool:

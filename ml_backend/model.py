@@ -10,13 +10,17 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flask
 
 from ml_backend import labeling_config, prompts, regions
+from ml_backend.arms import Arm
+from ml_backend.clicks import AnsweredClick, seen_regions
+from ml_backend.clicks.record import record, session_key
 from ml_backend.errors import RequestError
 from ml_backend.labeling_config import LabelingConfig
 from ml_backend.settings import Settings
@@ -36,6 +40,15 @@ finally:
 log = logging.getLogger(__name__)
 
 Observer = Callable[[SegmentJob, SegmentResult], None]
+
+
+class Experiment(Protocol):
+    """Who sees proposals, and who keeps what was clicked; `ml_backend.clicks.ClickLog` is one."""
+
+    def arm(self, project: int, task: int, session: str, user: str | None = None) -> Arm: ...
+
+    def answered(self, click: AnsweredClick) -> None: ...
+
 
 _lock = threading.Lock()
 _shared: tuple[Settings, Any] | None = None
@@ -67,12 +80,15 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         settings: Settings | None = None,
         runner: Any = None,
         observe: Observer | None = None,
+        experiment: Experiment | None = None,
         **kwargs: Any,
     ) -> None:
-        """Our own server gives `settings` and `runner`; `observe` is told of each answered click."""
+        """Our own server gives `settings` and `runner`; `observe` is told of each answered click, `experiment` decides
+        whether its proposal is shown, and logs it."""
         super().__init__(*args, **kwargs)
         self._own = (settings or Settings(), runner) if runner is not None else None
         self._observe = observe
+        self._experiment = experiment
 
     def predict(self, tasks: list[dict[str, Any]], context: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
         """One answer for each task, `{"result": [...], "score": float, "model_version": str}`.
@@ -81,6 +97,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         `label_config` and `project` may be given; other servers keep the former in the model.
         Raises ConfigError, RequestError, and what the runner raises.
         """
+        received = time.time()
         settings, runner = self._own or _shared_runner()
         tasks = _checked(tasks)
         label_config = kwargs.get("label_config") or _from_request("label_config") or self._label_config_of_setup()
@@ -116,10 +133,40 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
             strategy=settings.strategy,
             propose=config.proposal is not None,
         )
-        result = runner.segment(job, deadline_s=settings.deadline_s)
+        experiment = self._experiment if project is not None and isinstance(task["id"], int) else None
+        arm = None
+        if experiment is not None and project is not None:
+            user, _ = seen_regions(task)
+            arm = experiment.arm(project, task["id"], session_key(project, task["id"], session), user)
+        started = time.perf_counter()
+        try:
+            result = runner.segment(job, deadline_s=settings.deadline_s)
+        except Exception as exc:
+            if experiment is not None and arm is not None:
+                failed = record(
+                    task, session, job, arm, received=received, answered=time.time(), head=settings.head, error=str(exc)
+                )
+                experiment.answered(failed)
+            raise
+        waited_ms = (time.perf_counter() - started) * 1000
         if self._observe is not None:
             self._observe(job, result)
-        answer = regions.build(result, session, config, region_id)
+        visible = result if arm is None or arm.shows else result.model_copy(update={"proposal": None})
+        answer = regions.build(visible, session, config, region_id)
+        if experiment is not None and arm is not None:
+            click = record(
+                task,
+                session,
+                job,
+                arm,
+                received=received,
+                answered=time.time(),
+                head=settings.head,
+                result=result,
+                answer=answer,
+                waited_ms=waited_ms,
+            )
+            experiment.answered(click)
         empty[0] = {"result": answer, "score": result.predicted_iou, "model_version": result.model_version}
         return empty
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ml_backend.arms import parse_modes
 from worker.contract import RuntimeOptions
 
 Roots = Annotated[tuple[Path, ...], NoDecode]
@@ -38,7 +39,13 @@ class Settings(BaseSettings):
     deadline_s: float = Field(90.0, gt=0, description="Time to answer one click; Label Studio gives up after 100 s.")
     prefetch: int = Field(3, ge=0, description="How many next tasks are encoded ahead.")
     recover: bool = Field(True, description="Restore a mask that was pending when the annotation was submitted.")
+    click_log: bool = Field(True, description="Log clicks, proposals and what became of them.")
     clicks_url: str | None = Field(None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir.")
+    arms: str = Field("show", description="Who sees proposals: show, hide or mixed; by project: `show,3=mixed,7=hide`.")
+    arm_unit: Literal["object", "task", "annotator"] = Field(
+        "object", description="What `mixed` projects randomise: object, task or annotator."
+    )
+    arm_seed: int = Field(0, description="Seed of the randomisation.")
     basic_auth_user: str | None = Field(None, description="User that Label Studio must give; with the password.")
     basic_auth_pass: SecretStr | None = Field(None, description="Password that Label Studio must give.")
     token: SecretStr | None = Field(None, description="Bearer token that scripts may give instead.")
@@ -52,6 +59,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("LABEL_STUDIO_API_KEY", "label_studio_api_key"),
         description="Personal access token of a user who may see the images.",
     )
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_can_be_read(cls, value: str) -> str:
+        parse_modes(value)
+        return value
 
     @field_validator("local_roots", mode="before")
     @classmethod

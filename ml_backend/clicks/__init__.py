@@ -6,7 +6,7 @@ answer -> `recorder` (memory) -> `journal` (append-only files) -> `store` (datab
 
 from __future__ import annotations
 
-from ml_backend.clicks.arms import Arm
+from ml_backend.arms import Arm
 from ml_backend.clicks.events import AnsweredClick, LoggedPrompt, seen_regions
 from ml_backend.clicks.recorder import ClickLog
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
-from ml_backend.clicks.arms import Arm
+from ml_backend.arms import Arm
 
 Json = dict[str, Any]
 

@@ -18,12 +18,17 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from ml_backend.arms import Arm, Arms, parse_modes
 from ml_backend.clicks import store
-from ml_backend.clicks.arms import Arm, Arms
-from ml_backend.clicks.events import AnsweredClick, Json, answer_event, dump, webhook_event
+from ml_backend.clicks.events import ANNOTATION_ACTIONS, AnsweredClick, Json, answer_event, dump, webhook_event
+from ml_backend.clicks.export import Filter
 from ml_backend.clicks.journal import Journal, read
 from ml_backend.clicks.outcome import measure_pending
+from ml_backend.clicks.people import read_key
+from ml_backend.clicks.recovery import LabelStudioAnnotations, Recovery
+from ml_backend.clicks.report import render
 from ml_backend.clicks.schema import make_engine, migrate
+from ml_backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +58,8 @@ class Counts:
 class ClickLog:
     """The click log of one process. All methods are safe in any thread.
 
-    `on_written` is called in the database thread after each round (recovery waits for it).
+    `start` takes up what an earlier process left in its journal; the first event starts it too. `recover` is called
+    with the engine then, and makes the recovery that is woken after each round of writing.
     """
 
     def __init__(
@@ -63,25 +69,50 @@ class ClickLog:
         url: str | None = None,
         arms: Arms | None = None,
         engine: Engine | None = None,
-        on_written: Callable[[Engine], None] | None = None,
+        recover: Callable[[Engine], Recovery] | None = None,
     ) -> None:
         self.engine = engine or make_engine(url, data_dir)
         self.counts = Counts()
         self._arms = arms or Arms({None: "show"})
-        self._on_written = on_written
+        self._make_recovery = recover
+        self._recovery: Recovery | None = None
+        self._data_dir = data_dir
         self._queue: Queue[AnsweredClick | Mapping[str, Any]] = Queue(QUEUE_SIZE)
-        self._journal = Journal(data_dir / "clicks-journal")
         self._journalled = threading.Event()
         self._stop = threading.Event()
         self._in_memory: list[str] = []
         self._busy = threading.Lock()
         self._ready = False
-        self._threads = [
-            threading.Thread(target=self._write_journal, name="click-journal", daemon=True),
-            threading.Thread(target=self._write_database, name="click-database", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._starting = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> ClickLog:
+        """The click log that the settings describe. Raises ValueError, in words, where they cannot be followed."""
+        recover = None
+        if settings.recover and settings.label_studio_url and settings.label_studio_api_key:
+            api = LabelStudioAnnotations(settings.label_studio_url, settings.label_studio_api_key.get_secret_value())
+
+            def recover(engine: Engine) -> Recovery:
+                return Recovery(engine, api)
+
+        arms = Arms(parse_modes(settings.arms), unit=settings.arm_unit, seed=settings.arm_seed)
+        return cls(data_dir=settings.data_dir, url=settings.clicks_url, arms=arms, recover=recover)
+
+    def start(self) -> None:
+        """Begin to write; harmless when it has begun. Raises OSError if the data directory cannot be written."""
+        with self._starting:
+            if self._threads or self._stop.is_set():
+                return
+            self._journal = Journal(self._data_dir / "clicks-journal")
+            if self._make_recovery:
+                self._recovery = self._make_recovery(self.engine)
+            self._threads = [
+                threading.Thread(target=self._write_journal, name="click-journal", daemon=True),
+                threading.Thread(target=self._write_database, name="click-database", daemon=True),
+            ]
+            for thread in self._threads:
+                thread.start()
 
     def arm(self, project: int, task: int, session: str, user: str | None = None) -> Arm:
         """The experiment arm of an object, to be asked before its click is answered."""
@@ -92,11 +123,19 @@ class ClickLog:
         self._put(click)
 
     def webhook(self, body: Mapping[str, Any]) -> None:
-        """Log an annotation event of Label Studio. Never blocks, never raises."""
-        self._put(body)
+        """Log an event of Label Studio, if it is about annotations. Never blocks, never raises."""
+        if body.get("action") in ANNOTATION_ACTIONS:
+            self._put(body)
+
+    def report(self, chosen: Filter) -> str:
+        """The report as an HTML page, users as pseudonyms. Raises SQLAlchemyError if the database is away."""
+        if not self._ready:
+            migrate(self.engine)
+        return render(self.engine, chosen=chosen, key=read_key(self._data_dir))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until all that was logged is in the database and measured; False if that took too long."""
+        self.start()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self._idle():
@@ -107,15 +146,23 @@ class ClickLog:
     def close(self, timeout_s: float = 5.0) -> None:
         """Write what is there and stop. What the database does not take in time stays in the journal."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout_s)
-        self._journal.close()
+        if self._threads:
+            for thread in self._threads:
+                thread.join(timeout_s)
+            self._journal.close()
+        if self._recovery:
+            self._recovery.close()
         self.engine.dispose()
 
     def _put(self, item: AnsweredClick | Mapping[str, Any]) -> None:
         try:
+            if not self._threads:
+                self.start()
             self._queue.put_nowait(item)
             self.counts.taken += 1
+        except OSError as error:
+            self.counts.dropped += 1
+            log.error("A click was not logged: %s.", error)
         except Full:
             self.counts.dropped += 1
             log.error("A click was not logged: the disk of the click journal has not answered for too long.")
@@ -174,8 +221,8 @@ class ClickLog:
                         self._journal.adopt()
                         adopted = time.monotonic()
                     busy = self._write_segments() + measure_pending(self.engine)
-                if self._on_written and busy:
-                    self._on_written(self.engine)
+                if self._recovery and busy:
+                    self._recovery.wake()
                 pause, self.counts.database_up = RETRY_S[0], True
             except Exception as error:  # whatever it is, the segments are still there
                 self.counts.database_up = False

@@ -8,14 +8,14 @@ independent.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Connection, Engine, Integer, case, select, type_coerce
+from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, select
 from sqlalchemy.exc import NoResultFound
 
 from ml_backend.clicks import charts
@@ -36,6 +36,7 @@ Z95 = 1.959964
 GRID = (24, 36)
 CASES = 6
 MOST_CLICKS = 8
+UNKNOWN = "unknown"
 #: Rows of a table of labels or annotators; the rest is summed up in a last row.
 MOST_ROWS = 20
 
@@ -60,14 +61,21 @@ class Mean:
         return cls(values.size, mean, mean - half, mean + half)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Log:
-    """The click log as arrays: one entry an object (`o`), one entry a click (`c`); `at` is a click's object."""
+    """The click log as arrays: `o` has an entry for each object; `c`, `flag`, `number`, `at` for each click.
+
+    `number`: of the click in its object, from 1. `at`: index of the click's object in `o`. `names`: by kind of group,
+    codes of the objects and what they stand for. `ignored`: positions of clicks elsewhere than at a shown proposal.
+    """
 
     o: dict[str, Floats]
     c: dict[str, Floats]
+    flag: dict[str, Flags]
+    number: Codes
     at: Codes
-    names: dict[str, tuple[Codes, list[str]]] = field(default_factory=dict)
+    names: dict[str, tuple[Codes, list[str]]]
+    ignored: dict[str, Floats]
 
 
 def render(engine: Engine, *, chosen: Filter, key: bytes | None) -> str:
@@ -87,60 +95,92 @@ def render(engine: Engine, *, chosen: Filter, key: bytes | None) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+#: What is known of a click as one number: 64 times its number in the object, plus these. Fetching a million rows costs
+#: by the value, so there is one column instead of seven.
+FLAGS: dict[str, tuple[int, ColumnElement[bool]]] = {
+    "moved": (1, clicks.c.kind == MOVED),
+    "suggested": (2, clicks.c.origin == SUGGESTED),
+    "shown": (4, clicks.c.proposal_shown.is_(True)),
+    "hidden": (8, and_(clicks.c.proposal_shown.is_(False), clicks.c.proposal_x.is_not(None))),
+    "followed": (16, clicks.c.followed.is_(True)),
+    "matched": (32, clicks.c.sign_matched.is_(True)),
+}
+MEASURES = ("delta_iou", "iou_to_final", "answer_ms", "queue_ms", "encode_ms", "decode_ms")
+POSITIONS = ("x", "y", "proposal_x", "proposal_y")
+NUMBERS = ("id", "project", "task", "started", "clicks", "seconds", "clicks_90", "seconds_90", "width", "height")
+TEXTS = ("arm", "arm_mode", "arm_unit", "strategy", "label", "outcome")
+
+
 def read(connection: Connection, chosen: Filter, people: People) -> Log:
     """Objects and clicks of the filter."""
-    numbers = ["id", "project", "task", "started", "clicks", "seconds", "clicks_90", "seconds_90"]
-    texts = ("arm", "arm_mode", "arm_unit", "strategy", "label", "outcome")
-    columns = [objects.c[name] for name in (*numbers, "width", "height", "user_email", "user_id", *texts)]
-    query = select(*columns).where(*chosen.conditions()).order_by(objects.c.id)
-    kept: list[Floats] = []
-    names: dict[str, list[str | None]] = {name: [] for name in (*texts, "user")}
-    for rows in _parts(connection, query):
-        kept.append(_numbers(rows, len(numbers) + 2))
-        for row in rows:
-            names["user"].append(people.name(row[-len(texts) - 2], row[-len(texts) - 1]))
-        for position, name in enumerate(texts):
-            names[name] += [row[position - len(texts)] for row in rows]
-    o = _columns(kept, [*numbers, "width", "height"])
-    wanted: dict[str, ColumnElement[Any]] = {
-        "object": clicks.c.object,
-        "click": clicks.c.click,
-        "moved": case((clicks.c.kind == MOVED, 1), else_=0),
-        "suggested": case((clicks.c.origin == SUGGESTED, 1), else_=0),
-        "shown": type_coerce(clicks.c.proposal_shown, Integer),
-        "followed": type_coerce(clicks.c.followed, Integer),
-        "matched": type_coerce(clicks.c.sign_matched, Integer),
-        **{name: clicks.c[name] for name in ("x", "y", "proposal_x", "proposal_y", "delta_iou", "iou_to_final")},
-        **{name: clicks.c[name] for name in ("think_s", "answer_ms", "queue_ms", "encode_ms", "decode_ms")},
-    }
-    asked = select(*wanted.values()).where(clicks.c.kind != DELETED)
-    if conditions := chosen.conditions():
-        asked = asked.join(objects, objects.c.id == clicks.c.object).where(*conditions)
-    c = _columns([_numbers(rows, len(wanted)) for rows in _parts(connection, asked)], list(wanted))
-    at = np.searchsorted(o["id"], c["object"])
-    log = Log(o, c, at)
-    for name, values in names.items():
+    conditions = chosen.conditions()
+    o, names = _read_objects(connection, conditions, people)
+
+    def of_clicks(*columns: ColumnElement[Any]) -> Select[Any]:
+        query = select(clicks.c.object, *columns).where(clicks.c.kind != DELETED)
+        return query.join(objects, objects.c.id == clicks.c.object).where(*conditions) if conditions else query
+
+    code: ColumnElement[int] = clicks.c.click * 64
+    for bit, condition in FLAGS.values():
+        code = code + case((condition, bit), else_=0)
+    c = _columns(connection, of_clicks(code, *(clicks.c[name] for name in MEASURES)), ("object", "code", *MEASURES))
+    codes = c["code"].astype(np.int64)
+    ignored_query = of_clicks(*(clicks.c[name] for name in POSITIONS)).where(
+        clicks.c.proposal_shown.is_(True), clicks.c.followed.is_(False)
+    )
+    ignored = _columns(connection, ignored_query, ("object", *POSITIONS))
+    return Log(
+        o=o,
+        c=c,
+        flag={name: codes & bit > 0 for name, (bit, _) in FLAGS.items()},
+        number=codes // 64,
+        at=np.searchsorted(o["id"], c["object"]),
+        names=names,
+        ignored=ignored,
+    )
+
+
+def _read_objects(
+    connection: Connection, conditions: Sequence[ColumnElement[bool]], people: People
+) -> tuple[dict[str, Floats], dict[str, tuple[Codes, list[str]]]]:
+    """Numbers of the objects in the order of their ids, and for each text (codes, what the codes stand for)."""
+    columns = [objects.c[name] for name in (*NUMBERS, *TEXTS, "user_email", "user_id")]
+    kinds: dict[tuple[Any, ...], int] = {}
+    numbers, kind = [], []
+    for rows in _parts(connection, select(*columns).where(*conditions).order_by(objects.c.id)):
+        *values, arm, mode, unit, strategy, label, outcome, email, user_id = zip(*rows, strict=True)
+        numbers.append(np.array([np.array(column, np.float64) for column in values]))
+        texts = zip(arm, mode, unit, strategy, label, outcome, email, user_id, strict=True)
+        kind.append(np.array([kinds.setdefault(text, len(kinds)) for text in texts], np.int64))
+    table = np.concatenate(numbers, axis=1) if numbers else np.empty((len(NUMBERS), 0))
+    o = dict(zip(NUMBERS, table, strict=True))
+    of_kind = np.concatenate(kind) if kind else np.empty(0, np.int64)
+    names: dict[str, tuple[Codes, list[str]]] = {}
+    for position, name in enumerate((*TEXTS, "user")):
         index: dict[str, int] = {}
-        codes = np.array([index.setdefault(value or "unknown", len(index)) for value in values], np.int64)
-        log.names[name] = codes, list(index)
+        values_of = (people.name(*text[-2:]) if name == "user" else text[position] for text in kinds)
+        codes = np.array([index.setdefault(value or UNKNOWN, len(index)) for value in values_of], np.int64)
+        names[name] = codes[of_kind], list(index)
     weeks = np.floor((o["started"] / 86400 + 3) / 7)  # 1970-01-01 was a Thursday
     found, codes = np.unique(weeks, return_inverse=True)
-    log.names["week"] = codes, [(date(1970, 1, 1) + timedelta(days=week * 7 - 3)).isoformat() for week in found]
-    return log
+    names["week"] = codes, [(date(1970, 1, 1) + timedelta(days=week * 7 - 3)).isoformat() for week in found]
+    return o, names
 
 
-def _parts(connection: Connection, query: Any) -> Iterator[Sequence[Any]]:
-    parts: Iterator[Sequence[Any]] = connection.execution_options(yield_per=CHUNK).execute(query).partitions()
-    return parts
+def _parts(connection: Connection, query: Select[Any]) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """Rows as the driver gives them, some ten thousand at a time."""
+    cursor = connection.execution_options(stream_results=True).execute(query).cursor
+    assert cursor is not None
+    while rows := cursor.fetchmany(CHUNK):
+        yield rows
 
 
-def _numbers(rows: Sequence[Any], count: int) -> Floats:
-    """The first `count` columns of some rows, float64 (columns, rows); NULL is NaN."""
-    columns = zip(*rows, strict=True)
-    return np.array([np.array(column, np.float64) for column, _ in zip(columns, range(count), strict=False)])
-
-
-def _columns(parts: list[Floats], names: list[str]) -> dict[str, Floats]:
+def _columns(connection: Connection, query: Select[Any], names: Sequence[str]) -> dict[str, Floats]:
+    """Columns of a query as float64; NULL is NaN."""
+    parts = [
+        np.array([np.array(column, np.float64) for column in zip(*rows, strict=True)])
+        for rows in _parts(connection, query)
+    ]
     table = np.concatenate(parts, axis=1) if parts else np.empty((len(names), 0))
     return dict(zip(names, table, strict=True))
 
@@ -150,38 +190,28 @@ def _columns(parts: list[Floats], names: list[str]) -> dict[str, Floats]:
 
 def summarise(log: Log) -> dict[str, Any]:
     """All numbers and drawings of the page, by the names that its template uses."""
-    o, c = log.o, log.c
-    shown = c["shown"] == 1
-    hidden = ~shown & ~np.isnan(c["proposal_x"])
+    c, started = log.c, log.o["started"]
+    shown, suggested = log.flag["shown"], log.flag["suggested"]
+    human = shown & ~suggested
     submitted = _is(log, "outcome", SUBMITTED)
-    started = o["started"]
-    suggested = c["suggested"] == 1
-    page: dict[str, Any] = {
-        "objects": o["id"].size,
+    groups = (("human", human, "human"), ("suggested", suggested, "suggested"))
+    return {
+        "objects": started.size,
         "submitted": int(submitted.sum()),
-        "clicks": c["click"].size,
-        "annotators": len(set(log.names["user"][1]) - {"unknown"}),
-        "projects": np.unique(o["project"]).size,
+        "clicks": log.at.size,
+        "annotators": len(set(log.names["user"][1]) - {UNKNOWN}),
+        "projects": np.unique(log.o["project"]).size,
         "first_day": datetime.fromtimestamp(started.min(), UTC) if started.size else None,
         "last_day": datetime.fromtimestamp(started.max(), UTC) if started.size else None,
-        "following": {"shown": _following(c, shown), "hidden": _following(c, hidden)},
+        "following": {name: _following(log, log.flag[name]) for name in ("shown", "hidden")},
         "arms": _arms(log, submitted),
-        "gain": {
-            "human": Mean.of(c["delta_iou"][shown & ~suggested]),
-            "suggested": Mean.of(c["delta_iou"][suggested]),
-        },
-        "gain_chart": _by_click(
-            "delta_iou",
-            "gain of IoU",
-            log,
-            (("human", shown & ~suggested, "human"), ("suggested", suggested, "suggested")),
-        ),
+        "gain": {"human": Mean.of(c["delta_iou"][human]), "suggested": Mean.of(c["delta_iou"][suggested])},
+        "gain_chart": _by_click("delta_iou", "gain of IoU", log, groups),
         "iou_chart": _iou_chart(log, submitted),
-        "tables": [(title, _table(log, name, submitted)) for title, name in _TABLES if o["id"].size],
-        "heat": _heat(log, shown) if (shown & (c["followed"] == 0)).any() else None,
+        "tables": [(title, _table(log, name, submitted)) for title, name in _TABLES if started.size],
+        "heat": _heat(log) if log.ignored["x"].size else None,
         "latency": [(title, _percentiles(c[name])) for title, name in _LATENCIES],
     }
-    return page
 
 
 _TABLES = (("Strategy", "strategy"), ("Label", "label"), ("Annotator", "user"), ("Week from", "week"))
@@ -199,12 +229,12 @@ def _is(log: Log, name: str, value: str) -> Flags:
     return found
 
 
-def _following(c: dict[str, Floats], chosen: Flags) -> dict[str, Any]:
-    followed = chosen & (c["followed"] == 1)
+def _following(log: Log, chosen: Flags) -> dict[str, int]:
+    followed = chosen & log.flag["followed"]
     return {
         "proposals": int(chosen.sum()),
         "followed": int(followed.sum()),
-        "matched": int((followed & (c["matched"] == 1)).sum()),
+        "matched": int((followed & log.flag["matched"]).sum()),
     }
 
 
@@ -264,7 +294,7 @@ def _unit_means(values: Floats, units: Codes, chosen: Flags) -> Floats:
 def _by_click(name: str, y_label: str, log: Log, groups: Sequence[tuple[str, Flags, str]]) -> str:
     series = []
     for title, chosen, tone in groups:
-        means = [(k, Mean.of(log.c[name][chosen & (log.c["click"] == k)])) for k in range(1, MOST_CLICKS + 1)]
+        means = [(k, Mean.of(log.c[name][chosen & (log.number == k)])) for k in range(1, MOST_CLICKS + 1)]
         points = [(float(k), m.mean, m.low, m.high) for k, m in means if m.n > 1]
         series.append(charts.Series(title, tone, points))
     return charts.interval_plot(series, x_label="click of the object", y_label=y_label)
@@ -273,8 +303,8 @@ def _by_click(name: str, y_label: str, log: Log, groups: Sequence[tuple[str, Fla
 def _iou_chart(log: Log, submitted: Flags) -> str:
     groups = []
     for arm, tone in (("show", "suggested"), ("hide", "human")):
-        of_arm = (_is(log, "arm", arm) & submitted)[log.at] if log.at.size else np.zeros(0, np.bool_)
-        groups.append((arm, of_arm & (log.c["moved"] == 0), tone))
+        of_arm = (_is(log, "arm", arm) & submitted)[log.at]
+        groups.append((arm, of_arm & ~log.flag["moved"], tone))
     return _by_click("iou_to_final", "IoU with the submitted mask", log, groups)
 
 
@@ -283,8 +313,8 @@ def _table(log: Log, name: str, submitted: Flags) -> list[dict[str, Any]]:
     o, c = log.o, log.c
     count = len(names)
     of_click = codes[log.at]
-    shown = c["shown"] == 1
-    followed = shown & (c["followed"] == 1)
+    shown, suggested = log.flag["shown"], log.flag["suggested"]
+    followed = shown & log.flag["followed"]
 
     def total(chosen: Flags) -> Codes:
         return np.bincount(of_click[chosen], minlength=count)
@@ -301,9 +331,9 @@ def _table(log: Log, name: str, submitted: Flags) -> list[dict[str, Any]]:
         "seconds": mean(o["seconds"], codes, submitted),
         "shown": total(shown),
         "followed": total(followed),
-        "matched": total(followed & (c["matched"] == 1)),
-        "human": mean(c["delta_iou"], of_click, shown & (c["suggested"] == 0)),
-        "suggested": mean(c["delta_iou"], of_click, c["suggested"] == 1),
+        "matched": total(followed & log.flag["matched"]),
+        "human": mean(c["delta_iou"], of_click, shown & ~suggested),
+        "suggested": mean(c["delta_iou"], of_click, suggested),
     }
     rows = [{"name": names[i], **{key: values[i] for key, values in columns.items()}} for i in range(count)]
     if name == "week":
@@ -311,11 +341,11 @@ def _table(log: Log, name: str, submitted: Flags) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -int(row["objects"]))[:MOST_ROWS]
 
 
-def _heat(log: Log, shown: Flags) -> dict[str, Any]:
+def _heat(log: Log) -> dict[str, Any]:
     """Where ignored proposals were, and where people clicked instead, over the frame of the image."""
-    c, o = log.c, log.o
-    ignored = shown & (c["followed"] == 0)
-    width, height = o["width"][log.at][ignored], o["height"][log.at][ignored]
+    ignored = log.ignored
+    at = np.searchsorted(log.o["id"], ignored["object"])
+    width, height = log.o["width"][at], log.o["height"][at]
 
     def grid(x: Floats, y: Floats) -> Codes:
         rows = np.clip((y / height * GRID[0]).astype(np.int64), 0, GRID[0] - 1)
@@ -323,9 +353,9 @@ def _heat(log: Log, shown: Flags) -> dict[str, Any]:
         return np.bincount(rows * GRID[1] + columns, minlength=GRID[0] * GRID[1]).reshape(GRID)
 
     return {
-        "ignored": int(ignored.sum()),
-        "proposals": charts.heat_map(grid(c["proposal_x"][ignored], c["proposal_y"][ignored]), (214, 39, 140)),
-        "instead": charts.heat_map(grid(c["x"][ignored], c["y"][ignored]), (31, 111, 235)),
+        "ignored": at.size,
+        "proposals": charts.heat_map(grid(ignored["proposal_x"], ignored["proposal_y"]), (214, 39, 140)),
+        "instead": charts.heat_map(grid(ignored["x"], ignored["y"]), (31, 111, 235)),
     }
 
 

@@ -43,8 +43,8 @@ def parse_modes(text: str) -> dict[int | None, str]:
     for part in (part.strip() for part in text.split(",")):
         if not part:
             continue
-        project, equals, mode = part.rpartition("=")
-        if mode not in MODES or (equals and not project.strip().isdigit()):
+        project, equals, mode = (piece.strip() for piece in part.rpartition("="))
+        if mode not in MODES or (equals and not project.isdigit()):
             raise ValueError(f"Arms are like 'mixed' or 'show,3=mixed,7=hide' ({', '.join(MODES)}), not {part!r}.")
         modes[int(project) if equals else None] = mode
     return modes
