@@ -20,7 +20,7 @@ from worker.proposer import Decision
 def draw_film(setup: Setup, pair: Pair, strategy: str, path: Path, *, clicks: int = 6) -> None:
     """Play `clicks` clicks of `strategy` on a pair and write the strip as an image."""
     session = open_session(setup, pair)
-    strip = FilmStrip(pair.read_image(), session.truth)
+    strip = FilmStrip(session.image, session.truth)
 
     def watch(prompts: Prompts, mask: Mask, decision: Decision) -> None:
         maps = {name: _full_size(values, strip.image.shape[:2]) for name, values in decision.maps.items()}
@@ -28,8 +28,7 @@ def draw_film(setup: Setup, pair: Pair, strategy: str, path: Path, *, clicks: in
         strip.add(prompts.clicks, mask, maps, None if proposal is None else (proposal.x, proposal.y))
 
     with torch.inference_mode():
-        for _ in session.play(strategy, 0, clicks, watch=watch):
-            pass
+        session.play(strategy, 0, clicks, watch=watch)
     strip.save(path)
 
 

@@ -7,37 +7,25 @@ from there. A finished (pair, strategy, seed) is written in one piece, so a run 
 from __future__ import annotations
 
 import csv
-import hashlib
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from evaluation import metrics
-from evaluation.clicker import answer, first_click, human_like_click, oracle_click
+from evaluation.clicker import first_click
 from evaluation.datasets import Pair
+from evaluation.session import USERS, Row, Session
 from worker import acquisition
 from worker.backbones import Backbone, build
-from worker.contract import Click, Prompts
-from worker.decode import Decoded, decode
-from worker.embeddings import Embedding, encode
-from worker.masks import upsample
-from worker.proposer import Decision, Proposer
+from worker.contract import Prompts
+from worker.embeddings import encode
+from worker.proposer import Proposer
 
 COLUMNS = ("dataset", "pair", "strategy", "seed", "click", "x", "y", "positive", "iou", "best_iou", "score", "seconds")
-#: Strategies that read the ground truth, and whether they draw.
-USERS = {"oracle": False, "human-like": True}
-
-Mask = NDArray[np.bool_]
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -80,97 +68,12 @@ def _model(setup: Setup) -> tuple[Backbone, Proposer]:
     return backbone, Proposer(backbone, head=setup.head, data_dir=setup.data_dir, stop=False)
 
 
-@dataclass
-class Session:
-    """One object on one encoded image, seen by a simulated user."""
-
-    backbone: Backbone
-    proposer: Proposer
-    embedding: Embedding
-    truth: Mask
-    ignore: Mask | None
-
-    def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
-        return decode(self.backbone, self.embedding, prompts, mask_input)
-
-    def play(
-        self,
-        strategy: str,
-        seed: int,
-        count: int,
-        start: Decoded | None = None,
-        watch: Callable[[Prompts, Mask, Decision], None] | None = None,
-    ) -> Iterator[Row]:
-        """Rows of `count` clicks (fewer when no place is left): the exact user's answers to `strategy`'s proposals.
-
-        `start`: the decoded first click, where the caller has it. `watch(prompts, mask, decision)`: called per click.
-        """
-        rng = np.random.default_rng(_hash(strategy, seed))
-        click = first_click(self.truth)
-        prompts, previous, best, score = Prompts(), None, 0.0, float("nan")
-        for number in range(1, count + 1):
-            began = time.perf_counter()
-            prompts = Prompts(clicks=(*prompts.clicks, click))
-            decoded = start if number == 1 and start is not None else self.redecode(prompts, previous)
-            decision = self._decide(decoded, prompts, strategy, seed, maps=watch is not None)
-            seconds = time.perf_counter() - began
-            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
-            quality = metrics.iou(mask, self.truth, self.ignore)
-            best = max(best, quality)
-            if watch is not None:
-                watch(prompts, mask, decision)
-            yield {
-                "click": number,
-                "x": round(click.x, 2),
-                "y": round(click.y, 2),
-                "positive": int(click.positive),
-                "iou": round(quality, 5),
-                "best_iou": round(best, 5),
-                "score": f"{score:.5g}",
-                "seconds": round(seconds, 4),
-            }
-            previous = decoded.logits[None]
-            following = self._next(strategy, mask, prompts, decision, rng)
-            if following is None:
-                # Nothing is left to click on (a perfect mask for the oracle): the mask stays as it is.
-                for later in range(number + 1, count + 1):
-                    yield {
-                        "click": later,
-                        "x": "",
-                        "y": "",
-                        "positive": "",
-                        "iou": round(quality, 5),
-                        "best_iou": round(best, 5),
-                        "score": "",
-                        "seconds": 0.0,
-                    }
-                return
-            click, score = following
-
-    def _decide(self, decoded: Decoded, prompts: Prompts, strategy: str, seed: int, *, maps: bool) -> Decision:
-        name = "random" if strategy in USERS else strategy  # the mask is the same, the proposal is not used
-        return self.proposer.propose(decoded, prompts, strategy=name, redecode=self.redecode, seed=seed, maps=maps)
-
-    def _next(
-        self, strategy: str, mask: Mask, prompts: Prompts, decision: Decision, rng: np.random.Generator
-    ) -> tuple[Click, float] | None:
-        if strategy == "oracle":
-            click = oracle_click(self.truth, mask, prompts.clicks, self.ignore)
-        elif strategy == "human-like":
-            click = human_like_click(self.truth, mask, prompts.clicks, rng, self.ignore)
-        elif decision.proposal is None:
-            return None
-        else:
-            return answer(self.truth, decision.proposal.x, decision.proposal.y), decision.proposal.score
-        return None if click is None else (click, float("nan"))
-
-
 def open_session(setup: Setup, pair: Pair) -> Session:
     """Read a pair and encode its image."""
     backbone, proposer = _model(setup)
-    with torch.inference_mode():
-        embedding = encode(backbone, pair.read_image())
-    return Session(backbone, proposer, embedding, pair.read_mask(), pair.read_ignore())
+    image = pair.read_image()
+    embedding = encode(backbone, image)
+    return Session(backbone, proposer, embedding, image, pair.read_mask(), pair.read_ignore())
 
 
 def evaluate_pair(task: tuple[Setup, Pair, frozenset[tuple[str, int]]]) -> list[Row]:
@@ -246,7 +149,3 @@ def finished(path: Path, clicks: int) -> dict[tuple[str, str], set[tuple[str, in
     for dataset, pair, strategy, seed in complete:
         done.setdefault((dataset, pair), set()).add((strategy, seed))
     return done
-
-
-def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

@@ -150,8 +150,9 @@ class _progress:  # noqa: N801 - used as a function
 
 def _films(setup: Setup, pairs: list[Pair], count: int, out: Path) -> None:
     from evaluation.film import draw_film
+    from evaluation.session import USERS
 
-    strategy = next((name for name in setup.strategies if name not in ("oracle", "human-like")), None)
+    strategy = next((name for name in setup.strategies if name not in USERS), None)
     drawn: dict[str, int] = {}
     for pair in pairs:
         if strategy is None or drawn.get(pair.dataset, 0) >= count:

@@ -86,6 +86,18 @@ def test_a_killed_run_goes_on_and_gives_the_same(folder: Path, tmp_path: Path) -
     assert part.read_text() == before
 
 
+def test_baselines_play_too(folder: Path, tmp_path: Path) -> None:
+    from evaluation.session import USERS
+
+    path = tmp_path / "clicks.csv"
+    names = tuple(name for name in USERS if name not in ("oracle", "human-like"))
+    run(setup(tmp_path, names, seeds=1), read_pairs(folder)[:1], path)
+    rows = rows_of(path)
+    assert len(rows) == 3 * len(names)
+    grabcut = [float(row["iou"]) for row in rows if row["strategy"] == "grabcut"]
+    assert max(grabcut) > 0.8
+
+
 def test_is_random() -> None:
     assert is_random("random") and is_random("human-like")
     assert not is_random("bald") and not is_random("oracle")

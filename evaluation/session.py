@@ -1,0 +1,189 @@
+"""One object on one encoded image, segmented click by click with a simulated user."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation import baselines, metrics
+from evaluation.clicker import Mask, answer, first_click, human_like_click, oracle_click
+from worker.backbones import Backbone
+from worker.contract import Click, Prompts
+from worker.decode import Decoded, decode
+from worker.embeddings import Embedding
+from worker.masks import upsample
+from worker.proposer import Decision, Proposer
+
+Row = dict[str, object]
+
+#: Players that read the ground truth, and whether they draw.
+USERS = {
+    "oracle": False,
+    "human-like": True,
+    **dict.fromkeys(baselines.ONE_SHOT, True),
+    "one-shot-entropy": False,
+    "grabcut": False,
+    "random-walker": False,
+}
+CLASSICAL: dict[str, Callable[[NDArray[np.uint8], tuple[Click, ...]], Mask]] = {
+    "grabcut": baselines.grabcut,
+    "random-walker": baselines.random_walker,
+}
+
+
+@dataclass
+class Session:
+    """What every player starts from. `image`: H x W x 3 RGB uint8; `truth`, `ignore`: H x W bool."""
+
+    backbone: Backbone
+    proposer: Proposer
+    embedding: Embedding
+    image: NDArray[np.uint8]
+    truth: Mask
+    ignore: Mask | None
+
+    def play(
+        self,
+        strategy: str,
+        seed: int,
+        count: int,
+        start: Decoded | None = None,
+        watch: Callable[[Prompts, Mask, Decision], None] | None = None,
+    ) -> list[Row]:
+        """`count` rows, one per click, for a strategy or a player of `USERS`.
+
+        `start`: the decoded first click, where the caller has it. `watch(prompts, mask, decision)`: called per click.
+        """
+        journal = _Journal(self.truth, self.ignore)
+        if strategy.startswith("one-shot-"):
+            self._one_shot(strategy, seed, count, journal)
+        elif strategy in CLASSICAL:
+            self._classical(strategy, count, journal)
+        else:
+            self._interactive(strategy, seed, count, journal, start, watch)
+        return journal.padded(count)
+
+    def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
+        """The decoder's answer to other prompts on this image."""
+        return decode(self.backbone, self.embedding, prompts, mask_input)
+
+    def _interactive(
+        self,
+        strategy: str,
+        seed: int,
+        count: int,
+        journal: _Journal,
+        start: Decoded | None,
+        watch: Callable[[Prompts, Mask, Decision], None] | None,
+    ) -> None:
+        rng = np.random.default_rng(_hash(strategy, seed))
+        following: tuple[Click, float] | None = (first_click(self.truth), float("nan"))
+        prompts, previous = Prompts(), None
+        for number in range(1, count + 1):
+            if following is None:
+                return
+            click, score = following
+            began = time.perf_counter()
+            prompts = Prompts(clicks=(*prompts.clicks, click))
+            decoded = start if number == 1 and start is not None else self.redecode(prompts, previous)
+            # A user needs the mask alone; `random` is the cheapest proposal beside it.
+            decision = self.proposer.propose(
+                decoded,
+                prompts,
+                strategy="random" if strategy in USERS else strategy,
+                redecode=self.redecode,
+                seed=seed,
+                maps=watch is not None,
+            )
+            seconds = time.perf_counter() - began
+            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
+            journal.add(click, mask, score, seconds)
+            if watch is not None:
+                watch(prompts, mask, decision)
+            previous = decoded.logits[None]
+            if number < count:
+                following = self._next(strategy, mask, prompts, decision, rng)
+
+    def _next(
+        self, strategy: str, mask: Mask, prompts: Prompts, decision: Decision, rng: np.random.Generator
+    ) -> tuple[Click, float] | None:
+        """The next click and its score, or None when no place is left (a perfect mask, for users)."""
+        if strategy == "oracle":
+            click = oracle_click(self.truth, mask, prompts.clicks, self.ignore)
+        elif strategy == "human-like":
+            click = human_like_click(self.truth, mask, prompts.clicks, rng, self.ignore)
+        elif decision.proposal is None:
+            return None
+        else:
+            return answer(self.truth, decision.proposal.x, decision.proposal.y), decision.proposal.score
+        return None if click is None else (click, float("nan"))
+
+    def _one_shot(self, name: str, seed: int, count: int, journal: _Journal) -> None:
+        place = baselines.ONE_SHOT.get(name)
+        if place is None:
+            first = Prompts(clicks=(first_click(self.truth),))
+            decoded = self.redecode(first, None)
+            logits, frame = decoded.logits, decoded.frame
+            height, width = frame.original_size
+            # |logit| is monotone in entropy, and the nearest cell will do for choosing places.
+            cols = [int(frame.to_lowres(x + 0.5, 0.0)[0]) for x in range(width)]
+            rows = [int(frame.to_lowres(0.0, y + 0.5)[1]) for y in range(height)]
+            place = baselines.entropy_places(-np.abs(logits.cpu().numpy())[np.ix_(rows, cols)])
+        for number in range(1, count + 1):
+            began = time.perf_counter()
+            clicks = baselines.one_shot_clicks(self.truth, number, place, np.random.default_rng(_hash(name, seed)))
+            decoded = self.redecode(Prompts(clicks=clicks), None)
+            mask = upsample(decoded.logits, decoded.frame, decoded.frame.original_size)
+            journal.add(clicks[-1], mask, float("nan"), time.perf_counter() - began)
+
+    def _classical(self, name: str, count: int, journal: _Journal) -> None:
+        clicks: tuple[Click, ...] = (first_click(self.truth),)
+        for _ in range(count):
+            began = time.perf_counter()
+            mask = CLASSICAL[name](self.image, clicks)
+            journal.add(clicks[-1], mask, float("nan"), time.perf_counter() - began)
+            click = oracle_click(self.truth, mask, clicks, self.ignore)
+            if click is None:
+                return
+            clicks = (*clicks, click)
+
+
+@dataclass
+class _Journal:
+    truth: Mask
+    ignore: Mask | None
+    rows: list[Row] = field(default_factory=list)
+    best: float = 0.0
+
+    def add(self, click: Click, mask: Mask, score: float, seconds: float) -> None:
+        quality = metrics.iou(mask, self.truth, self.ignore)
+        self.best = max(self.best, quality)
+        self.rows.append(
+            {
+                "click": len(self.rows) + 1,
+                "x": round(click.x, 2),
+                "y": round(click.y, 2),
+                "positive": int(click.positive),
+                "iou": round(quality, 5),
+                "best_iou": round(self.best, 5),
+                "score": "" if np.isnan(score) else f"{score:.5g}",
+                "seconds": round(seconds, 4),
+            }
+        )
+
+    def padded(self, count: int) -> list[Row]:
+        """`count` rows: where no click was left to make, the mask stays as it is."""
+        nothing = {"x": "", "y": "", "positive": "", "score": "", "seconds": 0.0}
+        while len(self.rows) < count:
+            self.rows.append({**self.rows[-1], **nothing, "click": len(self.rows) + 1})
+        return self.rows
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
