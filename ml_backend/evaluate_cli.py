@@ -15,6 +15,8 @@ from ml_backend.settings import Settings
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
     from evaluation.run import Setup
+    from worker.backbones import Backbone
+    from worker.head.store import Head
 
 DATA = click.option(
     "--data",
@@ -224,6 +226,39 @@ def heads_use(name: str) -> None:
     click.echo(f"Using {head.id} for {head.backbone}. Running workers take it up when they are restarted.")
 
 
+def _calibrated(head: Head, model: Backbone, apart: list[Pair], settings: Settings) -> Head:
+    """The head with the threshold under which the default strategy stops, from full sessions on objects kept apart."""
+    from dataclasses import replace
+
+    import pandas as pd
+    import torch
+
+    from evaluation.session import Session
+    from evaluation.stopping import choose, trades
+    from worker import acquisition
+    from worker.embeddings import encode
+    from worker.proposer import Proposer
+
+    strategy = acquisition.DEFAULT
+    proposer = Proposer(model, head="none", strategy=strategy, data_dir=settings.data_dir, stop=False)
+    proposer.head = head
+    rows = []
+    with torch.inference_mode():
+        for pair in apart:
+            image = pair.read_image()
+            session = Session(model, proposer, encode(model, image), image, pair.read_mask(), pair.read_ignore())
+            key = {"dataset": pair.dataset, "pair": pair.name, "seed": 0, "strategy": strategy}
+            rows += [{**key, **row} for row in session.play(strategy, 0, 15)]
+    frame = pd.DataFrame(rows)
+    frame["score"] = pd.to_numeric(frame["score"])
+    chosen = choose(trades(frame, strategy))
+    click.echo(
+        f"Stopping under {chosen.threshold:.4g} saves {chosen.saved:.0%} of 15 clicks, loses {chosen.lost:.4f} IoU."
+    )
+    notes = {**head.notes, "stopping": {"objects": len(apart), "saved": chosen.saved, "lost": chosen.lost}}
+    return replace(head, stop={strategy: chosen.threshold}, notes=notes)
+
+
 @click.command()
 @DATA
 @click.option("--name", required=True, help="Name of the head; it is kept in the data directory.")
@@ -235,6 +270,9 @@ def heads_use(name: str) -> None:
 @click.option("--per-image", default=2, type=click.IntRange(1), help="Objects of one image.", show_default=True)
 @click.option("--clicks", default=6, type=click.IntRange(1), help="States of each object.", show_default=True)
 @click.option("--effective", default=40.0, help="Independent pixels that one state counts as.", show_default=True)
+@click.option(
+    "--calibrate", default=60, type=click.IntRange(0), help="Objects kept apart to set the stopping threshold."
+)
 @click.option("--seed", default=0, show_default=True)
 def train(
     folders: tuple[Path, ...],
@@ -247,6 +285,7 @@ def train(
     per_image: int,
     clicks: int,
     effective: float,
+    calibrate: int,
     seed: int,
 ) -> None:
     """Fit a head and its posterior to simulated click sessions on folders of images and masks."""
@@ -263,6 +302,9 @@ def train(
         examples = [
             pair for folder in folders for pair in subset(read_pairs(folder, per_image=per_image, seed=seed), share)
         ]
+        apart = subset(examples, calibrate) if 2 * calibrate < len(examples) else []
+        images = {pair.image for pair in apart}
+        examples = [pair for pair in examples if pair.image not in images]
         model = build(
             backbone or settings.backbone,
             checkpoint=checkpoint or settings.checkpoint,
@@ -281,6 +323,9 @@ def train(
         fail(str(error))
     path = out or settings.data_dir / "heads" / name / "head.safetensors"
     save_head(head, path)
+    if apart and calibrate:
+        head = _calibrated(head, model, apart, settings)
+        save_head(head, path)
     click.echo(f"{path}: {head.notes['states']} states of {head.notes['objects']} objects.")
     if out is None:
         click.echo(f"Use it with `bald-sam heads use {name}`, or `--head {name}`.")
