@@ -88,10 +88,11 @@ def summary(answers: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, An
         "strategy": first["strategy"],
         "model_version": good[-1]["model_version"],
         "head": good[-1]["head"],
-        "user_email": next((a["user_email"] for a in reversed(ordered) if a["user_email"]), None),
         "last_iou": good[-1]["iou_to_final"],
         "final_predicted_iou": good[-1]["predicted_iou"],
     }
+    if users := [answer["user_email"] for answer in ordered if answer["user_email"]]:
+        found["user_email"] = users[-1]  # otherwise another object's draft may have told who it is
     for level in LEVELS:
         there = next((a for a in ordered if (a["iou_to_final"] or 0.0) >= level / 100), None)
         count = sum(row["kind"] != DELETED and row["time"] <= there["received"] for row in rows) if there else None

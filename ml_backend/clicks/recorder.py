@@ -124,7 +124,8 @@ class ClickLog:
 
     def webhook(self, body: Mapping[str, Any]) -> None:
         """Log an event of Label Studio, if it is about annotations. Never blocks, never raises."""
-        if body.get("action") in ANNOTATION_ACTIONS:
+        action = body.get("action")
+        if isinstance(action, str) and action in ANNOTATION_ACTIONS:
             self._put(body)
 
     def report(self, chosen: Filter) -> str:
@@ -145,6 +146,8 @@ class ClickLog:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Write what is there and stop. What the database does not take in time stays in the journal."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         if self._threads:
             for thread in self._threads:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import (
@@ -37,6 +38,7 @@ BigId = BigInteger().with_variant(Integer, "sqlite")
 Double = Float(53)
 
 metadata = MetaData()
+_migrating = Lock()
 
 objects = Table(
     "objects",
@@ -247,7 +249,8 @@ def migrate(engine: Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(files("ml_backend.clicks") / "migrations"))
     config.set_main_option("path_separator", "os")
-    with engine.connect() as connection:
+    # Alembic's context is one for the whole process.
+    with _migrating, engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         else:

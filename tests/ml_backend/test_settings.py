@@ -15,7 +15,9 @@ def rows() -> list[str]:
     for name, field in Settings.model_fields.items():
         alias = field.validation_alias
         variable = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"BALD_SAM_{name.upper()}"
-        default = {None: "", (): "", True: "on", False: "off"}.get(field.default, str(field.default))
+        named = {None: "", (): "", True: "on", False: "off"}
+        is_number = type(field.default) is int  # 0 == False
+        default = str(field.default) if is_number else named.get(field.default, str(field.default))
         found.append(f"| `{variable}` | {f'`{default}`' if default else ''} | {field.description} |")
     return found
 
