@@ -156,7 +156,7 @@ def _paste(rng: np.random.Generator, image: Field, labels: NDArray[np.int32], ma
         inside = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3)
         surface *= (0.6 + 0.4 * np.minimum(inside / (inside.max() + 1e-6) * 2, 1))[..., None]
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.5, 1.2))[..., None]
-    image *= 1 - soft
+    image *= 1 - np.asarray(soft, np.float32)
     image += soft * surface
     labels[mask] = number
 
@@ -269,8 +269,8 @@ def _draw_bands(rng: np.random.Generator, height: int, width: int) -> Drawn:
             signal = np.sin(2 * np.pi * bent + warp) * (0.7 + 0.4 * _smooth_noise(rng, height, width, 60, 2))
             signal += _smooth_noise(rng, height, width, rng.uniform(2, 8), 2) * rng.uniform(0.1, 0.9)
             section[inside] = (signal * rng.uniform(0.15, 1) + rng.normal(0, 0.15))[inside]
-    section = cv2.GaussianBlur(section, (0, 0), 0.7) + rng.normal(0, 0.08, section.shape).astype(np.float32)
-    grey = np.clip(0.5 + 0.35 * section, 0, 1)[..., None].astype(np.float32)
+    blurred = cv2.GaussianBlur(section, (0, 0), 0.7) + rng.normal(0, 0.08, section.shape)
+    grey = np.clip(0.5 + 0.35 * blurred, 0, 1)[..., None].astype(np.float32)
     if rng.random() < 0.25:  # red-white-blue, as interpreters like it
         image = 255 * np.concatenate(
             [np.minimum(2 * grey, 1), 1 - np.abs(2 * grey - 1), np.minimum(2 - 2 * grey, 1)], 2
@@ -316,7 +316,7 @@ def _draw_cells(rng: np.random.Generator, height: int, width: int) -> Drawn:
         mask = _fill(height, width, _outline(rng, height, width, radius * rng.uniform(0.7, 1.4), 2))
         soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), rng.uniform(0.6, 1.6))[..., None]
         body = thing * rng.uniform(0.75, 1.25) + _smooth_noise(rng, height, width, 8, 2)[..., None] * rng.uniform(2, 14)
-        image = image * (1 - soft) + soft * body
+        image = np.asarray(image * (1 - soft) + soft * body, np.float32)
         labels[mask] = number
     return _finish(rng, np.asarray(image, np.float32)), labels
 

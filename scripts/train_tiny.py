@@ -14,6 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import cv2
 import torch
 from tiny.curve import plot_curve
 from tiny.pool import Pool, pack
@@ -48,6 +49,7 @@ def main() -> int:
     options = parse()
     config = tomllib.loads(options.config.read_text())
     torch.set_num_threads(options.threads)
+    cv2.setNumThreads(0)  # its pool costs more than it gives on masks this small
     torch.set_flush_denormal(True)  # denormals in early training cost a CPU a multiple of the time
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, folder = torch.device(name), options.folder

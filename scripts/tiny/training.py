@@ -24,6 +24,7 @@ from tiny.samples import Samples
 from tiny.session import normalise, session_loss
 from tiny.teacher import TeacherFeatures
 from tiny.validation import validate
+from tiny.warmup import warm_up
 from worker.backbones.tiny import build_tiny, save_tiny
 
 
@@ -62,6 +63,10 @@ class Run:
         self.step, self.elapsed = 0, 0.0
         if self.checkpoint.exists():
             self._resume()
+        else:
+            warm_up(self.sam, **config["decoder_warmup"], seed=config["seed"])
+            self.average.load_state_dict(self.sam.state_dict())
+            self.save()
 
     @property
     def checkpoint(self) -> Path:

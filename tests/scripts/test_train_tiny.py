@@ -36,6 +36,11 @@ mlp_dim = 32
 channels = 8
 long_side = 64
 weight = 1.0
+[decoder_warmup]
+steps = 2
+side = 64
+count = 2
+lr = 1e-3
 [train]
 batch = 2
 objects = 2
@@ -178,7 +183,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
 
 def test_going_on_with_another_configuration_is_refused(tmp_path: Path) -> None:
     first = _start(tmp_path, "--steps", "2")
-    assert first.wait(timeout=300) == 0, first.communicate()[0]
+    said = first.communicate(timeout=300)[0]
+    assert first.returncode == 0, said
     changed = tmp_path / "other.toml"
     changed.write_text(CONFIG.replace("seed = 1", "seed = 2"))
     second = _start(tmp_path, "--steps", "4", "--config", str(changed))

@@ -109,6 +109,37 @@ class TinyEncoder(nn.Module):
         return self.pyramid(x)[0]
 
 
+def _tie(attention: nn.Module, query_gain: float | None) -> None:
+    """Let an attention layer begin by comparing like with like (query_gain) and by handing on what it reads."""
+    if query_gain is not None:
+        nn.init.orthogonal_(attention.q_proj.weight, query_gain)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        nn.init.zeros_(attention.q_proj.bias)
+        nn.init.zeros_(attention.k_proj.bias)
+    nn.init.orthogonal_(attention.v_proj.weight)
+    attention.out_proj.weight.copy_(attention.v_proj.weight.T)
+    nn.init.zeros_(attention.v_proj.bias)
+    nn.init.zeros_(attention.out_proj.bias)
+
+
+@torch.no_grad()
+def _start_local(sam: Sam) -> None:
+    """Start the decoder where a click acts on its surroundings and brings home what lies under it.
+
+    With the usual random start every token leaves the first self-attention (which has no shortcut) as nearly the same
+    average, and attention between clicks and image knows nothing of places; a short training does not get over that.
+    """
+    transformer, prompts, decoder = sam.mask_decoder.transformer, sam.prompt_encoder, sam.mask_decoder
+    for place, layer in enumerate(transformer.layers):
+        _tie(layer.self_attn, 1.5 if place == 0 else None)
+        _tie(layer.cross_attn_token_to_image, 1.0)
+        _tie(layer.cross_attn_image_to_token, 1.0)
+    _tie(transformer.final_attn_token_to_image, 1.0)
+    embeddings = (*prompts.point_embeddings, prompts.not_a_point_embed, prompts.no_mask_embed)
+    for embedding in (*embeddings, decoder.mask_tokens, decoder.iou_token):
+        embedding.weight.mul_(0.5)
+
+
 def build_tiny(
     img_size: int = 384,
     widths: Sequence[int] = (48, 96, 192, 320),
@@ -137,6 +168,7 @@ def build_tiny(
             iou_head_hidden_dim=dim,
         ),
     )
+    _start_local(sam)
     sam.tiny_config = {
         "img_size": img_size,
         "widths": list(widths),
