@@ -134,7 +134,7 @@ class ClickLog:
             migrate(self.engine)
         return render(self.engine, chosen=chosen, key=read_key(self._data_dir))
 
-    def flush(self, timeout_s: float = 10.0) -> bool:
+    def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until all that was logged is in the database and measured; False if that took too long."""
         self.start()
         deadline = time.monotonic() + timeout_s

@@ -169,10 +169,14 @@ def _read_objects(
 
 def _parts(connection: Connection, query: Select[Any]) -> Iterator[Sequence[tuple[Any, ...]]]:
     """Rows as the driver gives them, some ten thousand at a time."""
-    cursor = connection.execution_options(stream_results=True).execute(query).cursor
-    assert cursor is not None
+    sql = str(query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True}))
+    # A named cursor keeps PostgreSQL from sending everything at once; SQLite never does.
+    name = {} if connection.dialect.name == "sqlite" else {"name": "click_report"}
+    cursor = connection.connection.cursor(**name)
+    cursor.execute(sql)
     while rows := cursor.fetchmany(CHUNK):
         yield rows
+    cursor.close()
 
 
 def _columns(connection: Connection, query: Select[Any], names: Sequence[str]) -> dict[str, Floats]:

@@ -200,6 +200,7 @@ def test_segments_keep_their_order_and_only_the_dead_are_adopted(data_dir):
     alive.append(['{"n": 1}\n'])
     reader.adopt()
     assert reader.take() == []
+    alive._segment.close()
     alive._lock_file.close()  # as the kernel does for a dead process
     reader.append(['{"n": 0}\n'])
     reader.adopt()
