@@ -19,28 +19,9 @@ from tests.ml_backend.clicks.conftest import HIDDEN, answer, disc, region, webho
 from tests.ml_backend.clicks.test_store import write
 
 WANTED = [
-    "session",
-    "project",
-    "task",
-    "user",
-    "arm",
-    "click",
-    "time",
-    "x",
-    "y",
-    "positive",
-    "origin",
-    "proposal_x",
-    "proposal_y",
-    "proposal_positive",
-    "proposal_score",
-    "distance_px",
-    "strategy",
-    "model_version",
-    "predicted_iou",
-    "iou_to_final",
-    "delta_iou",
-    "answer_ms",
+    *("session", "project", "task", "user", "arm", "click", "time", "x", "y", "positive", "origin"),
+    *("proposal_x", "proposal_y", "proposal_positive", "proposal_score", "distance_px", "strategy", "model_version"),
+    *("predicted_iou", "iou_to_final", "delta_iou", "answer_ms"),
 ]
 
 

@@ -1,0 +1,123 @@
+"""The same log in a real PostgreSQL, with the server going away under traffic."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ml_backend.clicks import ClickLog, recorder, report
+from ml_backend.clicks.export import Filter, export
+from ml_backend.clicks.schema import make_engine
+from tests.ml_backend.clicks.conftest import answer, disc, region, webhook
+
+pytest.importorskip("psycopg", reason="PostgreSQL is optional; pip install 'psycopg[binary]' to test it")
+if not shutil.which("initdb") or not shutil.which("pg_ctl"):
+    pytest.skip("PostgreSQL's server is not installed", allow_module_level=True)
+
+
+class Server:
+    """A PostgreSQL of this test, on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        self._run("initdb", "-D", str(folder / "data"), "-U", "postgres", "--auth=trust", "--no-sync")
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self._run(
+            "pg_ctl", "-D", str(self.folder / "data"), "-l", str(self.folder / "log"), "-w", "-o", options, "start"
+        )
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+
+    def _run(self, *command: str) -> None:
+        more: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            shutil.chown(self.folder, "postgres", "postgres")
+            more = {"user": "postgres", "group": "postgres"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, timeout=120, **more)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="bald-sam-postgresql-"))
+    made = Server(folder)
+    made.start()
+    yield made
+    made.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_log_in_postgresql(server, data_dir, tmp_path):
+    log = ClickLog(data_dir=data_dir, url=server.url)
+    a, b = ("a", 60.0, 40.0), ("b", 70.0, 45.0)
+    log.answered(answer([a], disc(10), proposal=(70, 45, True), user="anna@example.com"))
+    log.answered(answer([a, b], disc(20)))
+    log.webhook(webhook([region(disc(20), "mask-a")]))
+    assert log.flush()
+    with log.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT origin, kind, iou_to_final FROM clicks ORDER BY seq").all()
+    assert [row[:2] for row in rows] == [("human", "placed"), ("suggested", "placed")]
+    assert rows[1][2] == 1.0
+    assert export(log.engine, "csv", tmp_path / "c.csv", chosen=Filter(projects=(3,)), key=b"k") == 2
+    assert export(log.engine, "pointprompt", tmp_path / "points", chosen=Filter(), key=b"k") == 1
+    assert "of shown proposals followed" in report.render(log.engine, chosen=Filter(projects=(3,)), key=b"k")
+    log.close()
+
+
+def test_a_server_that_goes_away_loses_no_click(server, data_dir, monkeypatch):
+    monkeypatch.setattr(recorder, "RETRY_S", (0.1, 0.5))
+    log = ClickLog(data_dir=data_dir, url=server.url)
+    clicks, stop = [], threading.Event()
+
+    def traffic() -> None:
+        while not stop.is_set():
+            click = answer([(f"p{len(clicks)}", 1.0, 1.0)])
+            log.answered(click)
+            clicks.append(click.event)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    time.sleep(1)
+    server.stop()
+    away = len(clicks)
+    time.sleep(float(os.environ.get("BALD_SAM_TEST_OUTAGE_S", "3")))
+    during = len(clicks)
+    server.start()
+    time.sleep(1)
+    stop.set()
+    thread.join()
+    assert log.flush()
+    assert log.counts.dropped == log.counts.refused == 0
+    assert during - away > 50
+    with log.engine.connect() as connection:
+        found = {row[0] for row in connection.exec_driver_sql("SELECT event FROM answers")}
+    assert found == set(clicks)
+    log.close()
+
+
+def test_two_processes_make_the_tables_at_once(server, data_dir):
+    logs = [ClickLog(data_dir=data_dir, url=server.url) for _ in range(3)]
+    for number, log in enumerate(logs):
+        log.answered(answer([(f"p{number}", 1.0, 1.0)]))
+    assert all(log.flush() for log in logs)
+    with make_engine(server.url, data_dir).connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM clicks").scalar() == 3
+    for log in logs:
+        log.close()
