@@ -89,6 +89,7 @@ class Proposer:
             features=pixel_features(grid, prompts),
             posterior=self.head.posterior,
             allowed=allowed_pixels(grid, prompts),
+            shows=self.head.shows,
             seed=_seed(prompts, seed),
             redecode=redecode,
         )

@@ -14,5 +14,5 @@ from worker.acquisition.state import State
 def error_region(state: State) -> Tensor:
     """Probability that the shown label is wrong, gathered over discs of several sizes."""
     inside = state.probability
-    wrong = torch.where(state.coarse.logits > 0, 1.0 - inside, inside)
+    wrong = torch.where(state.shown > 0, 1.0 - inside, inside)
     return regional(wrong, state.valid)

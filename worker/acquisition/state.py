@@ -26,6 +26,7 @@ class State:
 
     `decoded`: the decoder's answer; `coarse`: the same on the grid of proposals (`worker.head.features.coarse`).
     `posterior`: before this session's clicks; `conditioned`: after them. `allowed`: (h, w) bool, where a click may go.
+    `shows`: whose mask the annotator sees, `sam` or `head`.
     `seed`: for strategies that draw. `redecode`: answers other prompts for the same image, where the caller can.
     """
 
@@ -35,6 +36,7 @@ class State:
     features: Tensor  # (d, h, w)
     posterior: LinearPosterior
     allowed: Tensor
+    shows: str = "sam"
     seed: int = 0
     redecode: Redecode | None = None
 
@@ -86,6 +88,11 @@ class State:
         valid = torch.zeros_like(self.allowed)
         valid[:rows, :cols] = True
         return valid
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """Logits of the mask that the annotator sees."""
+        return self.mean if self.shows == "head" else self.coarse.logits
 
     def generator(self) -> torch.Generator:
         """A fresh generator: the same state and seed give the same draws."""
