@@ -21,7 +21,7 @@ from worker.acquisition.state import State
 __all__ = ["DEFAULT", "REGISTRY", "State", "Strategy", "find", "names"]
 
 #: What `default` means.
-DEFAULT = "bald-region"
+DEFAULT = "error-region"
 
 _FILES = (
     "random",

@@ -8,9 +8,10 @@ from torch import Tensor
 from worker.head.features import box_mean
 
 #: Radii of the discs over which a map is averaged, as fractions of the frame's longer side.
-RADII = (0.012, 0.025, 0.05, 0.1)
-#: A disc of radius r counts r^POWER: 0 takes the sharpest peak, 2 the largest total.
-POWER = 0.5
+RADII = (0.012, 0.025)
+#: A disc of radius r counts r^POWER: 0 takes the sharpest peak, 2 the largest total. Larger radii and powers lost in
+#: development (docs/results/proposals.md): they pull clicks to where much is vaguely doubtful.
+POWER = 0.0
 
 
 def regional(values: Tensor, valid: Tensor, *, radii: tuple[float, ...] = RADII, power: float = POWER) -> Tensor:
