@@ -7,20 +7,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Engine, select
+from sqlalchemy import ColumnElement, Connection, Engine, and_, select, tuple_
 
 from ml_backend.clicks.derive import LEVELS
 from ml_backend.clicks.people import People
+from ml_backend.clicks.rows import stream
 from ml_backend.clicks.schema import answers, clicks, objects
 
-#: Rows in memory at a time.
-CHUNK = 20_000
+#: What is in memory at a time.
+OBJECTS_AT_ONCE = 5_000
+IMAGES_AT_ONCE = 1_000
 
 #: Columns of an export, in order, and their kind; docs/click-log.md says what each means.
 COLUMNS = {
@@ -74,6 +75,11 @@ COLUMNS = {
     **{f"{what}_{level}": kind for level in LEVELS for what, kind in (("clicks", "int"), ("seconds", "float"))},
 }
 
+#: The columns of an export that are of the click; those before and after them are of its object.
+OF_CLICK = tuple(name for name in COLUMNS if name in clicks.c)
+HEAD = tuple(COLUMNS)[: list(COLUMNS).index(OF_CLICK[0])]
+TAIL = tuple(COLUMNS)[len(HEAD) + len(OF_CLICK) :]
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -115,23 +121,46 @@ def export(engine: Engine, format_: str, out: Path, *, chosen: Filter, key: byte
     return count
 
 
-Chunk = dict[str, Sequence[Any]]
+@dataclass
+class Chunk:
+    """Some thousand rows: for each the index of its object, the columns of the clicks, and the rows of the objects.
+
+    `head`, `tail`: for each object the columns of an export before and after those of a click.
+    """
+
+    of: list[int]
+    columns: dict[str, Sequence[Any]]
+    head: list[tuple[Any, ...]]
+    tail: list[tuple[Any, ...]]
+
+
+_BOOL = {None: None, 0: False, 1: True}
 
 
 def _chunks(connection: Connection, chosen: Filter, people: People) -> Iterator[Chunk]:
-    """The columns of an export, some thousand rows at a time; `time` in seconds since 1970."""
-    own = [clicks.c[name] if name in clicks.c else objects.c[name] for name in COLUMNS if name != "user"]
-    query = (
-        select(objects.c.user_email, objects.c.user_id, *own)
-        .join_from(objects, clicks, clicks.c.object == objects.c.id)
-        .where(*chosen.conditions())
-        .order_by(objects.c.id, clicks.c.seq)
-    )
-    for rows in connection.execution_options(yield_per=CHUNK).execute(query).partitions():
-        emails, ids, *values = zip(*rows, strict=True)
-        chunk: Chunk = dict(zip((name for name in COLUMNS if name != "user"), values, strict=True))
-        chunk["user"] = [people.name(email, user_id) for email, user_id in zip(emails, ids, strict=True)]
-        yield {name: chunk[name] for name in COLUMNS}
+    """All rows of an export in the order of objects and clicks. What all clicks of an object share is read once."""
+    ids = connection.scalars(select(objects.c.id).where(*chosen.conditions()).order_by(objects.c.id)).all()
+    of_object = [objects.c[name] for name in (*HEAD, *TAIL) if name != "user"]
+    for start in range(0, len(ids), OBJECTS_AT_ONCE):
+        mine = ids[start : start + OBJECTS_AT_ONCE]
+        within = objects.c.id.between(mine[0], mine[-1])
+        query = select(objects.c.id, objects.c.user_email, objects.c.user_id, *of_object)
+        index: dict[int, int] = {}
+        head: list[tuple[Any, ...]] = []
+        tail: list[tuple[Any, ...]] = []
+        for id_, email, user_id, *values in stream(connection, query.where(within, *chosen.conditions())):
+            index[id_] = len(head)
+            head.append((*values[:3], people.name(email, user_id), values[3]))
+            tail.append(tuple(values[4:]))
+        of_click = select(clicks.c.object, *(clicks.c[name] for name in OF_CLICK)).order_by(
+            clicks.c.object, clicks.c.seq
+        )
+        rows = stream(connection, of_click.where(clicks.c.object.between(mine[0], mine[-1])))
+        kept = [row for row in rows if row[0] in index]
+        if kept:
+            owners, *columns = zip(*kept, strict=True)
+            of = [index[owner] for owner in owners]
+            yield Chunk(of, dict(zip(OF_CLICK, columns, strict=True)), head, tail)
 
 
 def _write_parquet(out: Path, chunks: Iterator[Chunk]) -> int:
@@ -149,38 +178,62 @@ def _write_parquet(out: Path, chunks: Iterator[Chunk]) -> int:
     count = 0
     with pq.ParquetWriter(out, schema, compression="zstd") as writer:
         for chunk in chunks:
-            chunk["time"] = _microseconds(chunk["time"])
-            columns = [pa.array(chunk[name], type=schema.field(name).type) for name in COLUMNS]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-            count += len(chunk["session"])
+            index = pa.array(chunk.of)
+            arrays = {}
+            for names, rows in ((HEAD, chunk.head), (TAIL, chunk.tail)):
+                for name, shared in zip(names, zip(*rows, strict=True), strict=True):
+                    arrays[name] = pa.array(shared, type=schema.field(name).type).take(index)
+            for name, values in chunk.columns.items():
+                kind = COLUMNS[name]
+                if kind == "time":
+                    arrays[name] = pa.array(_microseconds(values), type=types[kind])
+                elif kind == "bool":
+                    arrays[name] = pa.array(map(_BOOL.__getitem__, values), type=types[kind], size=len(values))
+                else:
+                    arrays[name] = pa.array(values, type=types[kind])
+            writer.write_table(pa.Table.from_arrays([arrays[name] for name in COLUMNS], schema=schema))
+            count += len(chunk.of)
     return count
 
 
 def _write_csv(out: Path, chunks: Iterator[Chunk]) -> int:
+    words = {None: None, 0: "false", 1: "true"}
     count = 0
     with out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for chunk in chunks:
-            for name, kind in COLUMNS.items():
-                if kind == "bool":
-                    chunk[name] = [None if value is None else "true" if value else "false" for value in chunk[name]]
-            chunk["time"] = _iso(chunk["time"])
-            writer.writerows(zip(*chunk.values(), strict=True))
-            count += len(chunk["session"])
+            head, tail = chunk.head, chunk.tail
+            rows = zip(*_texts(chunk.columns, words), strict=True)
+            writer.writerows(head[of] + row + tail[of] for of, row in zip(chunk.of, rows, strict=True))
+            count += len(chunk.of)
     return count
 
 
 def _write_jsonl(out: Path, chunks: Iterator[Chunk]) -> int:
-    count = 0
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+
+    def fields(names: Sequence[str], values: tuple[Any, ...]) -> str:
+        return encode(dict(zip(names, values, strict=True)))[1:-1]
+
+    count = 0
     with out.open("w", encoding="utf-8") as file:
         for chunk in chunks:
-            chunk["time"] = _iso(chunk["time"])
-            rows = zip(*chunk.values(), strict=True)
-            file.writelines(encode(dict(zip(COLUMNS, row, strict=True))) + "\n" for row in rows)
-            count += len(chunk["session"])
+            head = ["{" + fields(HEAD, row) + "," for row in chunk.head]
+            tail = ["," + fields(TAIL, row) + "}\n" for row in chunk.tail]
+            rows = zip(*_texts(chunk.columns, _BOOL), strict=True)
+            file.writelines(head[of] + fields(OF_CLICK, row) + tail[of] for of, row in zip(chunk.of, rows, strict=True))
+            count += len(chunk.of)
     return count
+
+
+def _texts(columns: dict[str, Sequence[Any]], words: dict[int | None, Any]) -> list[Sequence[Any]]:
+    """The columns of the clicks with times in ISO form, and truth in `words`."""
+    found: list[Sequence[Any]] = []
+    for name, values in columns.items():
+        kind = COLUMNS[name]
+        found.append(_iso(values) if kind == "time" else [words[v] for v in values] if kind == "bool" else values)
+    return found
 
 
 _WRITERS: dict[str, Callable[[Path, Iterator[Chunk]], int]] = {
@@ -203,44 +256,45 @@ _OF_ANSWER = (
 
 def _write_pointprompt(connection: Connection, out: Path, chosen: Filter, people: People) -> int:
     """`out/<project>/<task>.json`: an image, its objects, and for each time step the points as the model got them."""
-    names = (*_OF_OBJECT, *_OF_ANSWER)
-    query = (
-        select(*(objects.c[name] for name in _OF_OBJECT), *(answers.c[name] for name in _OF_ANSWER))
-        .join_from(objects, answers, answers.c.object == objects.c.id)
-        .where(*chosen.conditions(), answers.c.error.is_(None))
-        .order_by(objects.c.project, objects.c.task)
-    )
-    rows = (
-        dict(zip(names, row, strict=True))
-        for part in connection.execution_options(yield_per=CHUNK).execute(query).partitions()
-        for row in part
-    )
+    tasks = (objects.c.project, objects.c.task)
+    found = connection.execute(select(*tasks).where(*chosen.conditions()).distinct().order_by(*tasks)).all()
+    out.mkdir(parents=True, exist_ok=True)
     count = 0
-    for (project, task), of_image in groupby(rows, key=itemgetter("project", "task")):
-        things: dict[int, list[dict[str, Any]]] = {}
-        for row in of_image:
-            things.setdefault(row["id"], []).append(row)
-        first = next(iter(things.values()))[0]
-        image = {name: first[name] for name in ("project", "task", "image", "width", "height")}
-        image["objects"] = [_point_object(steps, people) for _, steps in sorted(things.items())]
-        folder = out / str(project)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{task}.json").write_text(json.dumps(image, separators=(",", ":")), encoding="utf-8")
-        count += 1
-    if not count:
-        out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(found), IMAGES_AT_ONCE):
+        first, last = found[start], found[min(start + IMAGES_AT_ONCE, len(found)) - 1]
+        within = and_(
+            tuple_(*tasks) >= (first[0], first[1]), tuple_(*tasks) <= (last[0], last[1]), *chosen.conditions()
+        )
+        things = {
+            row[0]: dict(zip(_OF_OBJECT, row, strict=True))
+            for row in stream(connection, select(*(objects.c[name] for name in _OF_OBJECT)).where(within))
+        }
+        steps: dict[int, list[dict[str, Any]]] = {id_: [] for id_ in things}
+        of_answer = select(answers.c.object, *(answers.c[name] for name in _OF_ANSWER)).join(objects)
+        for owner, *values in stream(connection, of_answer.where(within, answers.c.error.is_(None))):
+            steps[owner].append(dict(zip(_OF_ANSWER, values, strict=True)))
+        images: dict[tuple[int, int], list[int]] = {}
+        for id_, thing in sorted(things.items()):
+            if steps[id_]:
+                images.setdefault((thing["project"], thing["task"]), []).append(id_)
+        for (project, task), ids in images.items():
+            image = {name: things[ids[0]][name] for name in ("project", "task", "image", "width", "height")}
+            image["objects"] = [_point_object(things[id_], steps[id_], people) for id_ in ids]
+            folder = out / str(project)
+            folder.mkdir(exist_ok=True)
+            (folder / f"{task}.json").write_text(json.dumps(image, separators=(",", ":")), encoding="utf-8")
+        count += len(images)
     return count
 
 
-def _point_object(steps: list[dict[str, Any]], people: People) -> dict[str, Any]:
+def _point_object(thing: dict[str, Any], steps: list[dict[str, Any]], people: People) -> dict[str, Any]:
     steps.sort(key=itemgetter("received", "event"))
-    first = steps[0]
     return {
-        "session": first["session"],
-        "mask_id": first["mask_id"],
-        "user": people.name(first["user_email"], first["user_id"]),
-        **{name: first[name] for name in ("label", "arm", "outcome")},
-        "steps": [_step(step, first["received"]) for step in steps],
+        "session": thing["session"],
+        "mask_id": thing["mask_id"],
+        "user": people.name(thing["user_email"], thing["user_id"]),
+        **{name: thing[name] for name in ("label", "arm", "outcome")},
+        "steps": [_step(step, steps[0]["received"]) for step in steps],
     }
 
 
@@ -259,7 +313,8 @@ def _step(row: dict[str, Any], start: float) -> dict[str, Any]:
     if boxes:
         step["box"] = boxes[-1]
     if row["proposal_x"] is not None:
-        step["proposal"] = {name: row[f"proposal_{name}"] for name in ("x", "y", "positive", "score", "shown")}
+        proposal = {name: row[f"proposal_{name}"] for name in ("x", "y", "score")}
+        step["proposal"] = proposal | {name: bool(row[f"proposal_{name}"]) for name in ("positive", "shown")}
     return step
 
 

@@ -7,7 +7,7 @@ independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -23,6 +23,7 @@ from ml_backend.clicks.derive import DELETED, MOVED, SUGGESTED
 from ml_backend.clicks.events import unpack_rle
 from ml_backend.clicks.export import Filter
 from ml_backend.clicks.people import People
+from ml_backend.clicks.rows import parts
 from ml_backend.clicks.schema import answers, clicks, final_masks, masks, objects
 from ml_backend.clicks.store import SUBMITTED, fetch
 from worker import brush_rle
@@ -31,7 +32,6 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Codes = NDArray[np.int64]
 
-CHUNK = 50_000
 Z95 = 1.959964
 GRID = (24, 36)
 CASES = 6
@@ -147,7 +147,7 @@ def _read_objects(
     columns = [objects.c[name] for name in (*NUMBERS, *TEXTS, "user_email", "user_id")]
     kinds: dict[tuple[Any, ...], int] = {}
     numbers, kind = [], []
-    for rows in _parts(connection, select(*columns).where(*conditions).order_by(objects.c.id)):
+    for rows in parts(connection, select(*columns).where(*conditions).order_by(objects.c.id)):
         *values, arm, mode, unit, strategy, label, outcome, email, user_id = zip(*rows, strict=True)
         numbers.append(np.array([np.array(column, np.float64) for column in values]))
         texts = zip(arm, mode, unit, strategy, label, outcome, email, user_id, strict=True)
@@ -167,25 +167,13 @@ def _read_objects(
     return o, names
 
 
-def _parts(connection: Connection, query: Select[Any]) -> Iterator[Sequence[tuple[Any, ...]]]:
-    """Rows as the driver gives them, some ten thousand at a time."""
-    sql = str(query.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True}))
-    # A named cursor keeps PostgreSQL from sending everything at once; SQLite never does.
-    name = {} if connection.dialect.name == "sqlite" else {"name": "click_report"}
-    cursor = connection.connection.cursor(**name)
-    cursor.execute(sql)
-    while rows := cursor.fetchmany(CHUNK):
-        yield rows
-    cursor.close()
-
-
 def _columns(connection: Connection, query: Select[Any], names: Sequence[str]) -> dict[str, Floats]:
     """Columns of a query as float64; NULL is NaN."""
-    parts = [
+    found = [
         np.array([np.array(column, np.float64) for column in zip(*rows, strict=True)])
-        for rows in _parts(connection, query)
+        for rows in parts(connection, query)
     ]
-    table = np.concatenate(parts, axis=1) if parts else np.empty((len(names), 0))
+    table = np.concatenate(found, axis=1) if found else np.empty((len(names), 0))
     return dict(zip(names, table, strict=True))
 
 
