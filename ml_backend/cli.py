@@ -129,6 +129,10 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
             threads=threads,
             ident="bald-sam",
             max_request_body_size=(settings.max_request_mb + 1) * 1_000_000,
+            # A request carries the masks of all drafts, megabytes of them: read in few and large steps, and in memory.
+            # docs/results/request-size.md has the ratio with these values and with waitress' own.
+            recv_bytes=256 * 1024,
+            inbuf_overflow=32 * 1024 * 1024,
         )
     except OSError as exc:
         runner.close()
