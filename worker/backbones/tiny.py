@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,7 +110,7 @@ class TinyEncoder(nn.Module):
         return self.pyramid(x)[0]
 
 
-def _tie(attention: nn.Module, query_gain: float | None) -> None:
+def _tie(attention: Attention, query_gain: float | None) -> None:
     """Let an attention layer begin by comparing like with like (query_gain) and by handing on what it reads."""
     if query_gain is not None:
         nn.init.orthogonal_(attention.q_proj.weight, query_gain)
