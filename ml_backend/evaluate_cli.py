@@ -98,7 +98,7 @@ def evaluate(
             clicks=clicks,
             seeds=seeds,
             random_weights=random_weights,
-            threads=2 if jobs == 1 else 1,
+            threads=1,
         )
         same_setup_or_fail(setup, out)
         run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=_progress())
@@ -296,6 +296,8 @@ def train(
     seed: int,
 ) -> None:
     """Fit a head and its posterior to simulated click sessions on folders of images and masks."""
+    import torch
+
     from evaluation.datasets import read_pairs, subset
     from worker.backbones import build
     from worker.head.fit import FitOptions
@@ -304,6 +306,8 @@ def train(
 
     settings = Settings()
     show = _progress()
+    # A decode of a small model on the CPU is too short to share out: threads that wait cost more than they bring.
+    torch.set_num_threads(1)
     try:
         share = -(-objects // len(folders))
         examples = [
