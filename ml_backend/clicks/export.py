@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,31 +201,50 @@ def _write_csv(out: Path, chunks: Iterator[Chunk]) -> int:
     words = {None: None, 0: "false", 1: "true"}
     count = 0
     with out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        file.write(",".join(COLUMNS) + "\n")
         for chunk in chunks:
-            head, tail = chunk.head, chunk.tail
-            rows = zip(*_texts(chunk.columns, words), strict=True)
-            writer.writerows(head[of] + row + tail[of] for of, row in zip(chunk.of, rows, strict=True))
+            head = [line + "," for line in _csv_lines(chunk.head)]
+            tail = ["," + line + "\n" for line in _csv_lines(chunk.tail)]
+            rows = _csv_lines(zip(*_texts(chunk.columns, words), strict=True))
+            file.writelines(head[of] + row + tail[of] for of, row in zip(chunk.of, rows, strict=True))
             count += len(chunk.of)
     return count
+
+
+def _csv_lines(rows: Iterable[tuple[Any, ...]]) -> list[str]:
+    """Each row as a line of CSV without its end. What clicks share is put into words once."""
+    lines: list[str] = []
+    csv.writer(SimpleNamespace(write=lines.append), lineterminator="").writerows(rows)
+    return lines
 
 
 def _write_jsonl(out: Path, chunks: Iterator[Chunk]) -> int:
-    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
-
-    def fields(names: Sequence[str], values: tuple[Any, ...]) -> str:
-        return encode(dict(zip(names, values, strict=True)))[1:-1]
-
+    line = ",".join(f'"{name}":%s' for name in OF_CLICK)
     count = 0
     with out.open("w", encoding="utf-8") as file:
         for chunk in chunks:
-            head = ["{" + fields(HEAD, row) + "," for row in chunk.head]
-            tail = ["," + fields(TAIL, row) + "}\n" for row in chunk.tail]
-            rows = zip(*_texts(chunk.columns, _BOOL), strict=True)
-            file.writelines(head[of] + fields(OF_CLICK, row) + tail[of] for of, row in zip(chunk.of, rows, strict=True))
+            head = ["{" + _fields(HEAD, row) + "," for row in chunk.head]
+            tail = ["," + _fields(TAIL, row) + "}\n" for row in chunk.tail]
+            columns = _texts(chunk.columns, {None: None, 0: False, 1: True})
+            # Column by column: a third of the time of encoding row by row.
+            rows = zip(*(list(map(_json_of(column), column)) for column in columns), strict=True)
+            file.writelines(head[of] + line % row + tail[of] for of, row in zip(chunk.of, rows, strict=True))
             count += len(chunk.of)
     return count
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _fields(names: Sequence[str], values: tuple[Any, ...]) -> str:
+    """`"name":value,...` without braces."""
+    return _encode(dict(zip(names, values, strict=True)))[1:-1]
+
+
+def _json_of(column: Sequence[Any]) -> Callable[[Any], str]:
+    """How the values of a column become JSON: numbers as Python writes them, which is what JSON wants."""
+    kinds = set(map(type, column))
+    return repr if kinds <= {int, float} else _encode
 
 
 def _texts(columns: dict[str, Sequence[Any]], words: dict[int | None, Any]) -> list[Sequence[Any]]:
