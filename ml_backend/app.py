@@ -159,7 +159,9 @@ def _add_report(app: Flask, clicks: ClickLog | None) -> None:
         if clicks is None:
             raise RequestError("Clicks are not logged here.", "Set BALD_SAM_CLICK_LOG=on.", status=404)
         try:
-            projects = tuple(int(value) for value in request.args.getlist("project"))
+            projects = [project_id(value) for value in request.args.getlist("project")]
+            if None in projects:
+                raise ValueError("a project is a number")
             since, until = (
                 parse_day(value) if (value := request.args.get(name)) else None for name in ("since", "until")
             )
@@ -169,7 +171,7 @@ def _add_report(app: Flask, clicks: ClickLog | None) -> None:
             ) from exc
         try:
             with one_at_a_time:
-                page = clicks.report(Filter(projects, since, until))
+                page = clicks.report(Filter(tuple(filter(None, projects)), since, until))
         except SQLAlchemyError as exc:
             log.warning("no report: %s", exc)
             raise BackendError(
