@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,10 +288,10 @@ def _write_pointprompt(connection: Connection, out: Path, chosen: Filter, people
             row[0]: dict(zip(_OF_OBJECT, row, strict=True))
             for row in stream(connection, select(*(objects.c[name] for name in _OF_OBJECT)).where(within))
         }
-        steps: dict[int, list[dict[str, Any]]] = {id_: [] for id_ in things}
+        steps: dict[int, list[tuple[Any, ...]]] = {id_: [] for id_ in things}
         of_answer = select(answers.c.object, *(answers.c[name] for name in _OF_ANSWER)).join(objects)
-        for owner, *values in stream(connection, of_answer.where(within, answers.c.error.is_(None))):
-            steps[owner].append(dict(zip(_OF_ANSWER, values, strict=True)))
+        for row in stream(connection, of_answer.where(within, answers.c.error.is_(None))):
+            steps[row[0]].append(row[1:])
         images: dict[tuple[int, int], list[int]] = {}
         for id_, thing in sorted(things.items()):
             if steps[id_]:
@@ -307,34 +306,46 @@ def _write_pointprompt(connection: Connection, out: Path, chosen: Filter, people
     return count
 
 
-def _point_object(thing: dict[str, Any], steps: list[dict[str, Any]], people: People) -> dict[str, Any]:
-    steps.sort(key=itemgetter("received", "event"))
+def _point_object(thing: dict[str, Any], steps: list[tuple[Any, ...]], people: People) -> dict[str, Any]:
+    """`steps`: rows of `_OF_ANSWER`, which begin with when they came."""
+    steps.sort()
     return {
         "session": thing["session"],
         "mask_id": thing["mask_id"],
         "user": people.name(thing["user_email"], thing["user_id"]),
         **{name: thing[name] for name in ("label", "arm", "outcome")},
-        "steps": [_step(step, steps[0]["received"]) for step in steps],
+        "steps": [_step(steps[0][0], *step) for step in steps],
     }
 
 
-def _step(row: dict[str, Any], start: float) -> dict[str, Any]:
-    prompts = json.loads(row["prompts"])
-    points = [prompt for prompt in prompts if prompt["x1"] is None]
-    step = {
-        "seconds": round(row["received"] - start, 3),
-        "positive": [[point["x"], point["y"]] for point in points if point["positive"]],
-        "negative": [[point["x"], point["y"]] for point in points if not point["positive"]],
-        "predicted_iou": row["predicted_iou"],
-        "iou_to_final": row["iou_to_final"],
+def _step(
+    start: float,
+    received: float,
+    _event: str,
+    prompts: str,
+    predicted_iou: float | None,
+    iou_to_final: float | None,
+    x: float | None,
+    y: float | None,
+    positive: bool | None,
+    score: float | None,
+    shown: bool,
+) -> dict[str, Any]:
+    step: dict[str, Any] = {
+        "seconds": round(received - start, 3),
+        "positive": [],
+        "negative": [],
+        "predicted_iou": predicted_iou,
+        "iou_to_final": iou_to_final,
         "proposal": None,
     }
-    boxes = [[prompt[name] for name in ("x", "y", "x1", "y1")] for prompt in prompts if prompt["x1"] is not None]
-    if boxes:
-        step["box"] = boxes[-1]
-    if row["proposal_x"] is not None:
-        proposal = {name: row[f"proposal_{name}"] for name in ("x", "y", "score")}
-        step["proposal"] = proposal | {name: bool(row[f"proposal_{name}"]) for name in ("positive", "shown")}
+    for prompt in json.loads(prompts):
+        if prompt["x1"] is None:
+            step["positive" if prompt["positive"] else "negative"].append([prompt["x"], prompt["y"]])
+        else:
+            step["box"] = [prompt[name] for name in ("x", "y", "x1", "y1")]
+    if x is not None:
+        step["proposal"] = {"x": x, "y": y, "positive": bool(positive), "score": score, "shown": bool(shown)}
     return step
 
 
