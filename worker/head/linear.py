@@ -52,11 +52,11 @@ class LinearPosterior:
 
     def logit_mean(self, features: Tensor) -> Tensor:
         """E[f] for features (d, ...): shape (...)."""
-        return (self.mean @ features.flatten(1)).view(features.shape[1:])
+        return (self.mean @ features.reshape(len(self.names), -1)).view(features.shape[1:])
 
     def whitened(self, features: Tensor) -> Tensor:
         """g = factor' phi for features (d, ...): (r, ...). Cov(f(x), f(y)) = <g(x), g(y)>, Var f(x) = |g(x)|^2."""
-        return (self.factor.T @ features.flatten(1)).view(-1, *features.shape[1:])
+        return (self.factor.T @ features.reshape(len(self.names), -1)).view(-1, *features.shape[1:])
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the logit for features (d, ...), each of shape (...)."""
