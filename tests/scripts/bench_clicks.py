@@ -1,4 +1,4 @@
-"""Time and memory of one report or export of a click log: `bench_clicks.py DIR report|csv|jsonl|parquet|pointprompt`."""
+"""Time and memory of a report or export of a click log: `bench_clicks.py DIR report|csv|jsonl|parquet|pointprompt`."""
 
 from __future__ import annotations
 
