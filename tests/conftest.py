@@ -1,4 +1,4 @@
-"""Fixtures of every test: a data directory of its own, and a real Redis."""
+"""Fixtures of every test: a data directory of its own, a real Redis, a real Chromium."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from playwright.sync_api import Browser, sync_playwright
 
 from ml_backend.settings import Settings
 
@@ -27,6 +28,18 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BALD_SAM_DATA_DIR", str(directory))
     monkeypatch.setenv("HOME", str(tmp_path))
     return directory
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium: Playwright's own download is not needed."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert executable, "chromium is missing; scripts/setup installs it"
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -76,15 +76,15 @@ class AnsweredClick:
 
 def seen_regions(task: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     """(user, region ids) of the drafts in the task of a request. Label Studio shows each caller their own drafts."""
-    drafts = task.get("drafts") or []
-    ids = tuple(
-        str(region["id"])
-        for draft in drafts
-        for region in draft.get("result") or []
-        if isinstance(region, Mapping) and "id" in region
-    )
+    drafts = _objects(task.get("drafts"))
+    ids = tuple(str(region["id"]) for draft in drafts for region in _objects(draft.get("result")) if "id" in region)
     users = [str(draft["user"]) for draft in drafts if draft.get("user")]
     return (users[-1] if users else None), ids
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; nothing where a request holds something else."""
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
 
 
 def pack_rle(rle: Sequence[int]) -> bytes:

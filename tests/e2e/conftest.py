@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from ml_backend import label_studio, processes
 from ml_backend.label_studio import LabelStudioApi, LabelStudioServer
@@ -45,18 +44,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     with LabelStudioServer(command, data_dir=folder, port=port, email=EMAIL, password=PASSWORD) as server:
         token = label_studio.personal_access_token(server.url, EMAIL, PASSWORD)
         yield Studio(server.url, token, LabelStudioApi(server.url, token))
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium: Playwright's own download is not needed."""
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert executable, "chromium is missing; scripts/setup installs it"
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=arguments)
-        yield opened
-        opened.close()
 
 
 # --- the backend and what Label Studio says to it ---------------------------------------------------------------------

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import sync_playwright
 
 from ml_backend.arms import HIDE, SHOW
 from ml_backend.clicks import charts, report
@@ -103,37 +101,33 @@ def test_ticks_are_round():
     assert charts.nice_ticks(0, 0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-def test_the_page_in_a_browser(filled, tmp_path):
+def test_the_page_in_a_browser(filled, tmp_path, browser):
     page = report.render(filled, chosen=Filter(), key=b"key")
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page), "nothing is loaded from anywhere"
     assert "<script" not in page
     assert "example.com" not in page
     path = tmp_path / "report.html"
     path.write_text(page)
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    assert executable, "chromium is missing; scripts/setup installs it"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1240, "height": 900})
-        complaints: list[str] = []
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on(
-            "request",
-            lambda request: (
-                complaints.append(request.url)
-                if "report.html" not in request.url and not request.url.startswith("data:")
-                else None
-            ),
-        )
-        tab.goto(path.as_uri())
-        assert complaints == []
-        assert tab.locator("svg.chart").count() == 3
-        assert tab.locator(".case").count() >= 2
-        for wide in (1240, 420):
-            tab.set_viewport_size({"width": wide, "height": 900})
-            assert tab.evaluate("document.documentElement.scrollWidth") <= wide, "nothing sticks out"
-            for image in tab.locator("img").all():
-                assert image.evaluate("image => image.naturalWidth") > 0
-            ARTIFACTS.mkdir(exist_ok=True)
-            tab.screenshot(path=ARTIFACTS / f"click-report-{wide}.png", full_page=True)
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1240, "height": 900})
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on(
+        "request",
+        lambda request: (
+            complaints.append(request.url)
+            if "report.html" not in request.url and not request.url.startswith("data:")
+            else None
+        ),
+    )
+    tab.goto(path.as_uri())
+    assert complaints == []
+    assert tab.locator("svg.chart").count() == 3
+    assert tab.locator(".case").count() >= 2
+    for wide in (1240, 420):
+        tab.set_viewport_size({"width": wide, "height": 900})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= wide, "nothing sticks out"
+        for image in tab.locator("img").all():
+            assert image.evaluate("image => image.naturalWidth") > 0
+        ARTIFACTS.mkdir(exist_ok=True)
+        tab.screenshot(path=ARTIFACTS / f"click-report-{wide}.png", full_page=True)
+    tab.close()
