@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, and_, select, tuple_
 
 from ml_backend.clicks.derive import LEVELS
 from ml_backend.clicks.people import People
-from ml_backend.clicks.rows import stream
+from ml_backend.clicks.rows import many_rows, stream
 from ml_backend.clicks.schema import answers, clicks, objects
 
 #: What is in memory at a time.
@@ -107,7 +107,7 @@ def export(engine: Engine, format_: str, out: Path, *, chosen: Filter, key: byte
     `key` None keeps the users' names, otherwise they become pseudonyms. A file appears only when it is complete.
     Raises ModuleNotFoundError if `parquet` is asked for without pyarrow, OSError if `out` cannot be written.
     """
-    with engine.connect() as connection:
+    with many_rows(), engine.connect() as connection:
         people = People(connection, key)
         if format_ == "pointprompt":
             return _write_pointprompt(connection, out, chosen, people)
@@ -224,9 +224,8 @@ def _write_jsonl(out: Path, chunks: Iterator[Chunk]) -> int:
         for chunk in chunks:
             head = ["{" + _fields(HEAD, row) + "," for row in chunk.head]
             tail = ["," + _fields(TAIL, row) + "}\n" for row in chunk.tail]
-            columns = _texts(chunk.columns, {None: None, 0: False, 1: True})
-            # Column by column: a third of the time of encoding row by row.
-            rows = zip(*(list(map(_json_of(column), column)) for column in columns), strict=True)
+            columns = [_json_texts(name, values) for name, values in chunk.columns.items()]
+            rows = zip(*columns, strict=True)
             file.writelines(head[of] + line % row + tail[of] for of, row in zip(chunk.of, rows, strict=True))
             count += len(chunk.of)
     return count
@@ -240,10 +239,17 @@ def _fields(names: Sequence[str], values: tuple[Any, ...]) -> str:
     return _encode(dict(zip(names, values, strict=True)))[1:-1]
 
 
-def _json_of(column: Sequence[Any]) -> Callable[[Any], str]:
-    """How the values of a column become JSON: numbers as Python writes them, which is what JSON wants."""
-    kinds = set(map(type, column))
-    return repr if kinds <= {int, float} else _encode
+def _json_texts(name: str, values: Sequence[Any]) -> list[str]:
+    """A column in JSON. Column by column takes a third of the time of row by row."""
+    kind = COLUMNS[name]
+    if kind == "time":
+        return [f'"{text}"' for text in _iso(values)]
+    if kind in {"int", "float"}:
+        return ["null" if value is None else repr(value) for value in values]
+    words = {value: _encode(value) for value in set(values)}
+    if kind == "bool":
+        words |= {0: "false", 1: "true"}
+    return [words[value] for value in values]
 
 
 def _texts(columns: dict[str, Sequence[Any]], words: dict[int | None, Any]) -> list[Sequence[Any]]:

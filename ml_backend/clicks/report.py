@@ -23,7 +23,7 @@ from ml_backend.clicks.derive import DELETED, MOVED, SUGGESTED
 from ml_backend.clicks.events import unpack_rle
 from ml_backend.clicks.export import Filter
 from ml_backend.clicks.people import People
-from ml_backend.clicks.rows import parts
+from ml_backend.clicks.rows import many_rows, parts
 from ml_backend.clicks.schema import answers, clicks, final_masks, masks, objects
 from ml_backend.clicks.store import SUBMITTED, fetch
 from worker import brush_rle
@@ -80,7 +80,7 @@ class Log:
 
 def render(engine: Engine, *, chosen: Filter, key: bytes | None) -> str:
     """The page. `key` None shows users by name, otherwise by pseudonym."""
-    with engine.connect() as connection:
+    with many_rows(), engine.connect() as connection:
         people = People(connection, key)
         log = read(connection, chosen, people)
         page = summarise(log)
