@@ -61,9 +61,9 @@ def test_csv(filled, tmp_path):
         "1",
         "2027-01-15T08:00:00.125Z",
     )
-    assert (second["origin"], second["positive"], second["x"], second["y"]) == ("suggested", "false", "70.0", "45.5")
-    assert (second["proposal_x"], second["proposal_y"], second["proposal_positive"]) == ("70.0", "45.0", "false")
-    assert (second["distance_px"], second["answer_ms"]) == ("0.5", "250.0")
+    assert (second["origin"], second["positive"], second["x"], second["y"]) == ("suggested", "false", "70", "45.5")
+    assert (second["proposal_x"], second["proposal_y"], second["proposal_positive"]) == ("70", "45", "false")
+    assert (second["distance_px"], second["answer_ms"]) == ("0.5", "250")
     gained = float(second["iou_to_final"]) - float(first["iou_to_final"])
     assert float(second["delta_iou"]) == pytest.approx(gained)
     assert (third["arm"], third["user"], third["iou_to_final"], third["outcome"]) == ("hide", "", "", "")
@@ -79,10 +79,15 @@ def test_every_format_says_the_same(filled, tmp_path):
     for text, line, row in zip(wanted, lines, table, strict=True):
         assert list(text) == list(line) == list(row)
         row["time"] = row["time"].strftime("%Y-%m-%dT%H:%M:%S.") + f"{row['time'].microsecond // 1000:03d}Z"
-        assert line == row
-        assert text == {
-            k: "" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for k, v in line.items()
-        }
+        for name, value in row.items():
+            if isinstance(value, float):
+                assert line[name] == pytest.approx(value, rel=1e-8)
+                assert float(text[name]) == pytest.approx(value, rel=1e-8)
+            else:
+                assert line[name] == value
+                assert text[name] == (
+                    "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+                )
 
 
 def test_pointprompt(filled, tmp_path):
