@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ml_backend import labeling_config
-from ml_backend.errors import BackendError, ConfigError
-from ml_backend.label_studio import LabelStudioApi, LabelStudioError
+from ml_backend.errors import ConfigError
+from ml_backend.label_studio_api import LabelStudioApi, LabelStudioError
 from ml_backend.settings import Settings
 
 TITLE = "bald-sam"
@@ -121,13 +121,3 @@ def _credentials(settings: Settings) -> dict[str, str]:
     if settings.token:
         return {"Authorization": f"Bearer {settings.token.get_secret_value()}"}
     return {}
-
-
-def api_from(settings: Settings) -> LabelStudioApi:
-    """The API of the Label Studio in the settings. Raises BackendError when its address or key is not set."""
-    if not settings.label_studio_url or not settings.label_studio_api_key:
-        raise BackendError(
-            "The address or the key of Label Studio is not set.",
-            "Set LABEL_STUDIO_URL, and LABEL_STUDIO_API_KEY to the personal access token under Account & Settings.",
-        )
-    return LabelStudioApi(settings.label_studio_url.rstrip("/"), settings.label_studio_api_key.get_secret_value())

@@ -10,10 +10,9 @@ import requests
 from rich.console import Console
 
 from ml_backend.cli import fail, load_settings
-from ml_backend.connect import api_from
 from ml_backend.connect import connect as steps
 from ml_backend.errors import BackendError
-from ml_backend.label_studio import LabelStudioError
+from ml_backend.label_studio_api import LabelStudioError, api_from
 
 MARKS = {"right": "[green]✓[/green]", "mended": "[yellow]✓[/yellow]", "wrong": "[red]✗[/red]"}
 

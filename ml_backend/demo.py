@@ -25,7 +25,8 @@ from ml_backend import label_studio, processes
 from ml_backend.cli import load_settings
 from ml_backend.demo_pictures import pictures_in, sample_pictures
 from ml_backend.demo_project import LABELS, SAMPLES, State, attach, fill, first_open
-from ml_backend.label_studio import LabelStudioApi, LabelStudioError, LabelStudioServer
+from ml_backend.label_studio import LabelStudioServer
+from ml_backend.label_studio_api import LabelStudioApi, LabelStudioError
 from ml_backend.labeling_config import recommended_config
 from ml_backend.settings import Settings
 
@@ -124,7 +125,7 @@ def _start(
         project = fill(api, state, key, images, pictures)
         for complaint in attach(api, state, key, backend.url, settings):
             console.print(f"[yellow]![/yellow] {complaint}")
-        tasks = api.tasks(project)
+        tasks = list(api.tasks(project))
         _done(f"{len(tasks)} pictures in the project")
         doing("Trying a first click")
         backend.try_a_click(tasks[0]["data"]["image"], recommended_config(LABELS))

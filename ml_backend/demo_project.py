@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_backend.connect import connect
-from ml_backend.label_studio import LabelStudioApi
+from ml_backend.label_studio_api import LabelStudioApi
 from ml_backend.labeling_config import recommended_config
 from ml_backend.settings import Settings
 

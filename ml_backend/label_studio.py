@@ -1,4 +1,4 @@
-"""A Label Studio of our own: its environment, its process and its API. The demo and the end-to-end test start it.
+"""A Label Studio of our own: its environment and its process. The demo and the end-to-end test start it.
 
 Label Studio pins its own redis, rq and much else, so it never shares an environment with bald-sam.
 `python -m ml_backend.label_studio DIR` makes that environment in DIR and prints the path of its command.
@@ -11,13 +11,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import requests
 
 from ml_backend import processes
+from ml_backend.label_studio_api import LabelStudioError
 
 VERSION = "1.23.2"
 LOCK = Path(__file__).with_name("requirements-label-studio.lock")
@@ -37,10 +37,6 @@ SETTINGS = {
 }
 
 Say = Callable[[str], None]
-
-
-class LabelStudioError(Exception):
-    """Label Studio could not be installed, started or used; the message says what to do."""
 
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -184,7 +180,7 @@ class LabelStudioServer:
             return False
 
 
-# --- API --------------------------------------------------------------------------------------------------------------
+# --- token ------------------------------------------------------------------------------------------------------------
 
 
 def personal_access_token(url: str, email: str, password: str) -> str:
@@ -209,59 +205,6 @@ def personal_access_token(url: str, email: str, password: str) -> str:
     answer.raise_for_status()
     token: str = answer.json()["token"]
     return token
-
-
-class LabelStudioApi:
-    """The few API calls needed here, authorised with a personal access token (access tokens live 300 s)."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url = url
-        self._token = token
-        self._session = requests.Session()
-        self._session.trust_env = False
-        self._expires = 0.0
-
-    def call(self, method: str, path: str, **kwargs: Any) -> Any:
-        """One request and its JSON answer (None where it is empty). Raises LabelStudioError with what it said."""
-        if time.monotonic() > self._expires:
-            self._refresh()
-        answer = self._session.request(method, f"{self.url}{path}", timeout=120, **kwargs)
-        if not answer.ok:
-            raise LabelStudioError(f"Label Studio answered {answer.status_code} to {method} {path}: {_reason(answer)}")
-        return answer.json() if answer.content else None
-
-    def tasks(self, project: int) -> list[dict[str, Any]]:
-        """All tasks of a project, oldest first."""
-        return list(self._pages(project))
-
-    def _pages(self, project: int) -> Iterator[dict[str, Any]]:
-        page, total = 1, None
-        seen = 0
-        while total is None or seen < total:
-            body = self.call("GET", f"/api/tasks?project={project}&page={page}&page_size=100&fields=all")
-            total = body["total"]
-            if not body["tasks"]:
-                return
-            seen += len(body["tasks"])
-            page += 1
-            yield from body["tasks"]
-
-    def _refresh(self) -> None:
-        answer = self._session.post(f"{self.url}/api/token/refresh", json={"refresh": self._token}, timeout=30)
-        if not answer.ok:
-            raise LabelStudioError("Label Studio does not accept the stored personal access token.")
-        self._session.headers["Authorization"] = f"Bearer {answer.json()['access']}"
-        self._expires = time.monotonic() + 240
-
-
-def _reason(answer: requests.Response) -> str:
-    """What an error answer says, without the wrapping: its validation errors, else its detail, else its text."""
-    try:
-        body = answer.json()
-        errors = body.get("validation_errors") or {}
-        return " ".join(text for texts in errors.values() for text in texts) or str(body["detail"])
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return answer.text[:300]
 
 
 def checkout() -> Path | None:

@@ -19,7 +19,8 @@ import requests
 from playwright.sync_api import Browser, Page
 
 from ml_backend import label_studio, processes
-from ml_backend.label_studio import LabelStudioApi, LabelStudioServer
+from ml_backend.label_studio import LabelStudioServer
+from ml_backend.label_studio_api import LabelStudioApi
 
 EMAIL, PASSWORD = "annotator@example.com", "an-annotators-password"
 ARTIFACTS = Path(__file__).parents[2] / "artifacts" / "e2e"

@@ -28,7 +28,7 @@ def project(studio, recorder, tmp_path) -> dict[str, Any]:
     assert studio.api.call("POST", "/api/ml", json=connection)["state"] == "CO"
     with Image.open(picture) as image:
         width, height = image.size
-    return {"id": made["id"], "task": studio.api.tasks(made["id"])[0]["id"], "width": width, "height": height}
+    return {"id": made["id"], "task": next(studio.api.tasks(made["id"]))["id"], "width": width, "height": height}
 
 
 def mask_of(region: dict[str, Any]) -> np.ndarray:

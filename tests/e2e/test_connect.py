@@ -10,7 +10,7 @@ import pytest
 from ml_backend import processes
 from ml_backend.app import create_app
 from ml_backend.connect import Step, connect
-from ml_backend.label_studio import LabelStudioError
+from ml_backend.label_studio_api import LabelStudioError
 from ml_backend.settings import Settings
 
 pytestmark = pytest.mark.e2e

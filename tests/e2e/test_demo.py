@@ -18,7 +18,7 @@ import requests
 
 from ml_backend import processes
 from ml_backend.demo_project import State
-from ml_backend.label_studio import LabelStudioApi
+from ml_backend.label_studio_api import LabelStudioApi
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
@@ -77,7 +77,7 @@ def test_from_nothing_to_one_address_and_again(data_dir, tmp_path):
         assert requests.get(first.address, timeout=30).ok
         api = LabelStudioApi(page, state.token)
         project = state.projects["samples"]["id"]
-        tasks = api.tasks(project)
+        tasks = list(api.tasks(project))
         assert len(tasks) >= 8
         (backend,) = api.call("GET", f"/api/ml?project={project}")
         assert (backend["state"], backend["is_interactive"]) == ("CO", True)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from ml_backend import label_studio
-from ml_backend.label_studio import LabelStudioError, LabelStudioServer
+from ml_backend.label_studio import LabelStudioServer
+from ml_backend.label_studio_api import LabelStudioError
 
 
 def test_the_pinned_requirements_hold_no_address_and_the_version():
