@@ -27,10 +27,20 @@ class Queue(StrEnum):
 WORKERS_KEY = "bald-sam:workers"
 WORKER_KEY = "bald-sam:worker:"
 
+#: Where the choice of heads is: a file in the data directory, and a key in Redis for workers on other machines; and a
+#: hash in Redis with the files of all heads.
+HEADS_IN_USE_FILE = "heads/in-use.json"
+HEADS_IN_USE_KEY = "bald-sam:heads:in-use"
+HEAD_FILES_KEY = "bald-sam:heads:files"
+#: How far a training job is: key + job id holds JSON with `stage`, `done` and `total`.
+PROGRESS_KEY = "bald-sam:progress:"
+
 #: Dotted names of the functions that a worker may run; everything else in Redis is refused.
 SEGMENT = "worker.tasks.segment"
 EMBED = "worker.tasks.embed"
-JOB_FUNCTIONS = frozenset({SEGMENT, EMBED})
+PRELABEL = "worker.batch.prelabel"
+TRAIN = "evaluation.learning.train"
+JOB_FUNCTIONS = frozenset({SEGMENT, EMBED, PRELABEL, TRAIN})
 
 
 class Message(BaseModel):
@@ -89,6 +99,58 @@ class EmbedJob(Message):
     images: tuple[ImageRef, ...]
 
 
+class ObjectPrompts(Message):
+    """One object to segment: clicks and a box, or a rough mask (brush RLE of the item's size). `label`: its class."""
+
+    prompts: Prompts = Prompts()
+    brush: tuple[int, ...] = ()
+    label: str | None = None
+
+
+class Everything(Message):
+    """Segment what is there without prompts: a click on each point of a grid, then what these filters leave.
+
+    `min_iou`: predicted IoU; `min_stability`: IoU of the masks at logits of +1 and -1; `max_overlap`: IoU with a better
+    region; `min_area`, `max_area`: share of the image; `top`: the best so many.
+    """
+
+    points_per_side: int = Field(16, ge=1, le=64)
+    min_iou: float = 0.7
+    min_stability: float = 0.8
+    max_overlap: float = 0.5
+    min_area: float = 0.001
+    max_area: float = 0.5
+    top: int = Field(30, ge=1)
+    label: str | None = None
+
+
+class PrelabelItem(Message):
+    """One image to pre-label. `key`: the caller's name of it. Prompts are in pixels of a `width` x `height` image;
+    without these, of the image itself. The masks get the same size."""
+
+    key: str
+    image: ImageRef
+    width: int | None = Field(None, gt=0)
+    height: int | None = Field(None, gt=0)
+    objects: tuple[ObjectPrompts, ...] = ()
+    everything: Everything | None = None
+
+
+class PrelabelOptions(Message):
+    """How a batch is answered: outlines instead of masks, and whether a next click is proposed."""
+
+    polygons: bool = False
+    propose: bool = True
+    strategy: str = "default"
+
+
+class PrelabelJob(Message):
+    """Images to pre-label, one after the other."""
+
+    items: tuple[PrelabelItem, ...]
+    options: PrelabelOptions = PrelabelOptions()
+
+
 class Proposal(Message):
     """The suggested next click. `positive` is the answer the model expects; `score` is the strategy's (BALD: nats)."""
 
@@ -123,6 +185,122 @@ class EmbedResult(Message):
     kind: Literal["embed"] = "embed"
     done: int
     failed: dict[str, str] = Field(default_factory=dict)
+
+
+class Region(Message):
+    """One pre-labelled object: a mask as brush RLE, or `rings`, its outlines in (x, y) percent of the image.
+
+    `expected_iou`: of the mask under the posterior, between 0 and 1; `area`: pixels.
+    """
+
+    label: str | None = None
+    rle: list[int] = Field(default_factory=list)
+    rings: list[list[tuple[float, float]]] = Field(default_factory=list)
+    area: int
+    predicted_iou: float
+    expected_iou: float
+
+
+class PrelabelImage(Message):
+    """What was found on one image. `confidence`: mean expected IoU of the regions, 0 when there is none; the least
+    confident image is the one to look at first. `proposal`: the best next click of all regions."""
+
+    key: str
+    width: int
+    height: int
+    regions: tuple[Region, ...] = ()
+    confidence: float = 0.0
+    proposal: Proposal | None = None
+
+
+class PrelabelFailure(Message):
+    """An image that could not be pre-labelled, in words."""
+
+    key: str
+    error: str
+    hint: str = ""
+
+
+class PrelabelResult(Message):
+    """One answer for each item of a `PrelabelJob`, in any order."""
+
+    kind: Literal["prelabel"] = "prelabel"
+    images: tuple[PrelabelImage, ...] = ()
+    failed: tuple[PrelabelFailure, ...] = ()
+    model_version: str
+
+
+class LabelledObject(Message):
+    """One submitted mask to learn from. `mask`: base64 of the zlib-packed brush RLE, of `height` x `width` pixels.
+
+    `states`: the prompts after each click that the annotator made for it, as logged; empty where nothing was logged.
+    """
+
+    image: ImageRef
+    region: str
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    mask: str
+    states: tuple[Prompts, ...] = ()
+
+
+class TrainJob(Message):
+    """Learn a head for `project` from `objects` (those of one task share its image), judge it on the tasks held out.
+
+    `force`: use the new head even where it is not better, or another one is pinned. `notes`: kept with the head.
+    """
+
+    project: int
+    objects: tuple[LabelledObject, ...]
+    clicks: int = Field(15, ge=2)
+    seed: int = 0
+    force: bool = False
+    notes: dict[str, str] = Field(default_factory=dict)
+
+
+class TrainResult(Message):
+    """A head that was trained, and what the held-out tasks say. `auc`: mean area under IoU over clicks, 0 to 1.
+
+    `used`: whether the project uses `head` from now on; `reason` says why, or why not, in words. `gain` is the mean
+    paired difference of AUC to `before` (the head in use until now), `error` its standard error over images.
+    """
+
+    kind: Literal["train"] = "train"
+    project: int
+    head: str
+    before: str
+    used: bool
+    reason: str
+    auc: float
+    auc_before: float
+    gain: float
+    error: float
+    objects: int
+    logged: int
+    held_out: int
+    images_held_out: int
+    skipped: dict[str, str] = Field(default_factory=dict)
+    seconds: float
+
+
+class HeadChoice(Message):
+    """Which head a project uses. `earlier`: those it used before, newest first; None stands for the shipped one."""
+
+    head: str | None = None
+    backbone: str = ""
+    pinned: bool = False
+    earlier: tuple[str | None, ...] = ()
+
+
+class HeadsInUse(Message):
+    """The choice of each project (its number as text) and of all others (`default`). `revision` counts the changes."""
+
+    revision: int = 0
+    choices: dict[str, HeadChoice] = Field(default_factory=dict)
+
+    def of(self, project: int | None) -> HeadChoice:
+        """The choice that holds for a project."""
+        return self.choices.get(str(project)) or self.choices.get("default") or HeadChoice()
 
 
 class Failure(Message):
