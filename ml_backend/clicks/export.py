@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from json.encoder import encode_basestring
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,9 +252,9 @@ def _json_texts(name: str, values: Sequence[Any]) -> list[str]:
     if kind in {"int", "float"}:
         form = FLOAT if kind == "float" else "%d"
         return ["null" if value is None else form % value for value in values]
-    words = {value: _encode(value) for value in set(values)}
-    if kind == "bool":
-        words |= {0: "false", 1: "true"}
+    if kind == "text":
+        return ["null" if value is None else encode_basestring(value) for value in values]
+    words = {None: "null", 0: "false", 1: "true"}
     return [words[value] for value in values]
 
 
