@@ -5,6 +5,8 @@ Points are (x, y) in pixels of the original image, at pixel centres (col + 0.5, 
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +24,17 @@ HUMAN_NOISE = 0.4
 
 def depth(region: Mask) -> NDArray[np.float32]:
     """Distance of each pixel of `region` to its outside, the image's border counting as outside; 0 elsewhere."""
-    padded = np.pad(region.astype(np.uint8), 1)
-    return np.asarray(cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1])
+    found = np.zeros(region.shape, np.float32)
+    box = bounding_box(region)
+    padded = np.pad(region[box].astype(np.uint8), 1)
+    found[box] = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return found
+
+
+def bounding_box(region: Mask) -> tuple[slice, slice]:
+    """(rows, columns) of the smallest rectangle that holds every True pixel; empty slices when there is none."""
+    left, top, width, height = cv2.boundingRect(region.view(np.uint8))
+    return slice(top, top + height), slice(left, left + width)
 
 
 def first_click(truth: Mask) -> Click:
@@ -40,11 +51,14 @@ def answer(truth: Mask, x: float, y: float) -> Click:
 
 def open_places(shape: tuple[int, ...], clicks: tuple[Click, ...]) -> Mask:
     """Pixels of the original image outside the exclusion discs of earlier clicks, the same discs for every strategy."""
-    rows, cols = np.ogrid[: shape[0], : shape[1]]
     radius = exclusion_radius(max(shape))
+    reach = math.ceil(radius) + 1
     places = np.ones(shape, dtype=bool)
     for click in clicks:
-        places &= (cols + 0.5 - click.x) ** 2 + (rows + 0.5 - click.y) ** 2 > radius**2
+        top, left = max(0, int(click.y) - reach), max(0, int(click.x) - reach)
+        part = places[top : int(click.y) + reach + 1, left : int(click.x) + reach + 1]
+        rows, cols = np.ogrid[top : top + part.shape[0], left : left + part.shape[1]]
+        part &= (cols + 0.5 - click.x) ** 2 + (rows + 0.5 - click.y) ** 2 > radius**2
     return places
 
 
@@ -72,8 +86,9 @@ def human_like_click(
     largest is taken. None when nothing outside the exclusion discs is wrong.
     """
     missing, superfluous, places = _errors(truth, mask, clicks, ignore)
-    labels, count = ndimage.label(missing & places)
-    others, other_count = ndimage.label(superfluous & places)
+    box = bounding_box(missing | superfluous)
+    labels, count = ndimage.label((missing & places)[box])
+    others, other_count = ndimage.label((superfluous & places)[box])
     labels[others > 0] = others[others > 0] + count
     areas = np.bincount(labels.ravel(), minlength=count + other_count + 1)[1:].astype(float)
     if areas.size == 0:
@@ -81,7 +96,8 @@ def human_like_click(
     seen = np.where(areas >= HUMAN_MISSES * truth.size, areas, 0.0)
     if not seen.any():
         seen = np.where(areas == areas.max(), areas, 0.0)
-    region = labels == 1 + rng.choice(areas.size, p=seen / seen.sum())
+    region = np.zeros(truth.shape, dtype=bool)
+    region[box] = labels == 1 + rng.choice(areas.size, p=seen / seen.sum())
     inner = depth(region)
     row, col = _argmax(inner)
     spread = HUMAN_NOISE * float(inner[row, col])

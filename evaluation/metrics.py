@@ -14,9 +14,11 @@ Curve = NDArray[np.float64]
 
 def iou(mask: Mask, truth: Mask, ignore: Mask | None = None) -> float:
     """Intersection over union outside `ignore`; 1 when both are empty there (nothing to find, nothing found)."""
-    judged = np.ones_like(truth) if ignore is None else ~ignore
-    union = int(((mask | truth) & judged).sum())
-    return 1.0 if union == 0 else int((mask & truth & judged).sum()) / union
+    either, both = mask | truth, mask & truth
+    if ignore is not None:
+        either, both = either & ~ignore, both & ~ignore
+    union = np.count_nonzero(either)
+    return 1.0 if union == 0 else np.count_nonzero(both) / union
 
 
 def auc(curve: Curve) -> float:
