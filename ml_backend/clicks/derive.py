@@ -116,6 +116,8 @@ def _row(kind: str, prompt: LoggedPrompt, answer: Mapping[str, Any], on_screen: 
         "x": prompt.x,
         "y": prompt.y,
         "positive": prompt.positive,
+        "x1": prompt.x1,
+        "y1": prompt.y1,
         "from_x": None,
         "from_y": None,
         "origin": HUMAN,
@@ -135,9 +137,11 @@ def _row(kind: str, prompt: LoggedPrompt, answer: Mapping[str, Any], on_screen: 
     }
     if kind == DELETED or on_screen is None or on_screen["proposal_x"] is None:
         return row
-    distance = hypot(prompt.x - on_screen["proposal_x"], prompt.y - on_screen["proposal_y"])
+    distance = None  # a box is never the answer to a proposed click
+    if prompt.x1 is None:
+        distance = hypot(prompt.x - on_screen["proposal_x"], prompt.y - on_screen["proposal_y"])
     # A thousandth of a pixel: percentages lose that much on their way through the page.
-    followed = distance <= on_screen["radius_px"] + 1e-3
+    followed = distance is not None and distance <= on_screen["radius_px"] + 1e-3
     matched = bool(prompt.positive) == bool(on_screen["proposal_positive"])
     shown = bool(on_screen["proposal_shown"])
     return row | {

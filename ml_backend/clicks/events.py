@@ -146,8 +146,8 @@ def result_digest(result: Sequence[Mapping[str, Any]]) -> str:
 
 
 def dump(event: Json) -> str:
-    """One line of the journal."""
-    return json.dumps(event, separators=(",", ":"), ensure_ascii=False) + "\n"
+    """One line of the journal, in ASCII: half a surrogate pair in a request must not stop the file."""
+    return json.dumps(event, separators=(",", ":")) + "\n"
 
 
 def _without_rle(region: Mapping[str, Any]) -> Json:

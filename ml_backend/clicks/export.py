@@ -61,6 +61,8 @@ COLUMNS = {
     "think_s": "float",
     "from_x": "float",
     "from_y": "float",
+    "x1": "float",
+    "y1": "float",
     "area": "int",
     "changed_px": "int",
     "queue_ms": "float",

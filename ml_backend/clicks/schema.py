@@ -151,6 +151,8 @@ clicks = Table(
     Column("x", Double, nullable=False),
     Column("y", Double, nullable=False),
     Column("positive", Boolean, nullable=False),
+    Column("x1", Double),
+    Column("y1", Double),
     Column("from_x", Double),
     Column("from_y", Double),
     Column("origin", String(9), nullable=False),
@@ -237,9 +239,10 @@ def make_engine(url: str | None, data_dir: Path) -> Engine:
     return engine
 
 
-def migrate(engine: Engine) -> None:
+def migrate(engine: Engine, revision: str = "head") -> None:
     """Create the tables, or bring them to this version. Several processes may do this at once: one works, others wait.
 
+    `revision`: of the migrations, to stop at; the newest unless an older database is to be made.
     Raises sqlalchemy.exc.OperationalError if the database cannot be reached.
     """
     from alembic import command
@@ -256,7 +259,7 @@ def migrate(engine: Engine) -> None:
         else:
             connection.execute(text("SELECT pg_advisory_xact_lock(7041776)"))
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
         connection.commit()
 
 

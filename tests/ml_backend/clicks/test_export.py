@@ -90,6 +90,19 @@ def test_every_format_says_the_same(filled, tmp_path):
                 )
 
 
+def test_any_text_survives(engine, tmp_path):
+    odd = 'quote " backslash \\ line\n tab\t bell\x07 é 漢 😀 \u2028'
+    write(engine, answer([(odd, 1.0, 2.0)], session=f"3:4:{odd}", strategy=odd))
+    for format_ in ("csv", "jsonl", "parquet"):
+        export(engine, format_, tmp_path / format_, chosen=Filter(), key=None)
+    with (tmp_path / "csv").open(newline="", encoding="utf-8") as file:
+        found = [*csv.DictReader(file)]
+    found += [json.loads((tmp_path / "jsonl").read_text(encoding="utf-8").rstrip("\n"))]
+    found += pq.read_table(tmp_path / "parquet").to_pylist()
+    for row in found:
+        assert (row["session"], row["prompt"], row["strategy"]) == (f"3:4:{odd}", odd, odd)
+
+
 def test_pointprompt(filled, tmp_path):
     out = tmp_path / "points"
     assert export(filled, "pointprompt", out, chosen=Filter(), key=b"secret") == 2

@@ -186,6 +186,15 @@ def test_what_cannot_be_put_into_words_stops_no_other(log, data_dir):
     assert events(data_dir) == {click.event}
 
 
+def test_half_a_character_stops_no_other(log, data_dir):
+    odd, click = answer([("a", 1.0, 1.0)], image="/data/\ud83d.jpg"), answer([("b", 1.0, 1.0)])
+    log.answered(odd)
+    log.answered(click)
+    assert log.flush()
+    assert events(data_dir) == {click.event}
+    assert [event["event"] for event in read(data_dir / "clicks-journal" / "refused.jsonl")] == [odd.event]
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(data_dir):
     journal = Journal(data_dir)
     whole = dump(answer_event(answer([("a", 1.0, 1.0)])))

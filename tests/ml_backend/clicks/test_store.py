@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import Engine
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, insert, select
 
 from ml_backend.clicks import AnsweredClick, seen_regions
 from ml_backend.clicks.events import answer_event, webhook_event
 from ml_backend.clicks.outcome import iou, measure_pending
-from ml_backend.clicks.store import apply
+from ml_backend.clicks.schema import answers, clicks, make_engine, metadata, migrate, objects
+from ml_backend.clicks.store import _answer_row, _object_row, apply
 from tests.ml_backend.clicks.conftest import HEIGHT, HIDDEN, WIDTH, answer, disc, region, webhook
 
 
@@ -46,6 +49,39 @@ def test_placed_moved_deleted_and_undone(engine, table):
     (thing,) = table("objects")
     assert (thing["clicks"], thing["session"], thing["seconds"]) == (5, "3:4:a", pytest.approx(4.25))
     assert pick(table("clicks"), "answer")[3] == (None,), "the answer belongs to the click, not to the undo before it"
+
+
+def test_a_box_is_told_from_a_click_and_follows_nothing(engine, table):
+    ring = (10.0, 10.0, True)
+    write(engine, answer([("a", 10.0, 10.0, True, 50.0, 40.0)], proposal=ring))
+    write(engine, answer([("a", 10.0, 10.0, True, 55.0, 40.0)]))
+    assert pick(table("clicks"), "kind", "x", "x1", "y1", "origin", "distance_px", "followed") == [
+        ("placed", 10, 50, 40, "human", None, None),
+        ("moved", 10, 55, 40, "human", None, 0),
+    ]
+
+
+def test_an_older_database_is_brought_up_to_date(data_dir):
+    old = make_engine(None, data_dir / "old")
+    migrate(old, "0001")
+    box = answer_event(answer([("a", 10.0, 10.0, True, 50.0, 40.0)]))
+    click = answer_event(answer([("b", 10.0, 10.0)]))
+    with old.begin() as connection:
+        for number, event in enumerate((box, click)):
+            connection.execute(insert(objects).values(id=number, **(_object_row(event) | {"stale": False})))
+            connection.execute(insert(answers).values(id=number, **_answer_row(event, number)))
+        columns = "object, seq, kind, click, prompt, time, x, y, positive, origin, proposal_shown"
+        for number in range(2):
+            connection.exec_driver_sql(
+                f"INSERT INTO clicks ({columns}) VALUES ({number}, 1, 'placed', 1, 'p', 1, 10, 10, 1, 'human', 0)"
+            )
+    migrate(old)
+    assert measure_pending(old) == 1, "only what was begun with a box is derived again"
+    with old.connect() as connection:
+        assert connection.execute(select(clicks.c.x1).order_by(clicks.c.object)).all() == [(50.0,), (None,)]
+        context = MigrationContext.configure(connection, opts={"version_table": "clicks_version"})
+        assert compare_metadata(context, metadata) == [], "the migrations make the tables that the code expects"
+    old.dispose()
 
 
 def test_the_order_of_arrival_does_not_matter(engine, table, data_dir):
