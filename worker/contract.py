@@ -284,9 +284,13 @@ class TrainResult(Message):
 
 
 class HeadChoice(Message):
-    """Which head a project uses. `earlier`: those it used before, newest first; None stands for the shipped one."""
+    """Which head a project uses. `earlier`: those it used before, newest first; None stands for the shipped one.
+
+    `digest`: start of the SHA-256 of the head's numbers; `backbone`: id of the one it was trained for.
+    """
 
     head: str | None = None
+    digest: str = ""
     backbone: str = ""
     pinned: bool = False
     earlier: tuple[str | None, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from threading import Lock, RLock
 
@@ -16,10 +17,15 @@ from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts, RuntimeOptions
 from worker.decode import LogitsCache, decode
 from worker.embeddings import EmbeddingCache, encode
+from worker.head.registry import HeadRegistry
 from worker.proposer import Proposer
+
+log = logging.getLogger(__name__)
 
 #: Share of the cache memory for the logits of earlier clicks; the rest holds embeddings.
 LOGITS_SHARE = 1 / 8
+#: Heads that are kept loaded.
+MAX_PROPOSERS = 64
 
 
 class NotConfiguredError(RuntimeError):
@@ -41,9 +47,11 @@ class Runtime:
             client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5, retry=retry)
         self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client)
         self.logits: LogitsCache = ByteLRU(logits_bytes)
-        #: Encoders need gigabytes for a moment: one image at a time.
-        self.encoding = Lock()
+        #: Encoders need gigabytes for a moment: one image at a time, but for a click in the middle of a batch.
+        self.encoding = RLock()
+        self.heads = HeadRegistry(options.data_dir, client)
         self._building = RLock()
+        self._proposers: dict[tuple[str, int], Proposer] = {}
 
     @property
     def backbone(self) -> Backbone:
@@ -53,19 +61,46 @@ class Runtime:
 
     @property
     def proposer(self) -> Proposer:
-        """Head, posterior and strategy. Raises ValueError when they cannot be used."""
+        """Head, posterior and strategy of projects without a choice of their own. Raises as `proposer_of` does."""
+        return self.proposer_of(None)
+
+    def proposer_of(self, project: int | None) -> Proposer:
+        """Head, posterior and strategy of a project: those in use now, so a head that was learnt meanwhile comes with
+        the next click. A choice that does not fit this backbone, or cannot be read, is passed over; a head that the
+        settings name is not. Raises ValueError when that one, or the strategy, cannot be used.
+        """
         with self._building:
-            return self._proposer
+            asked = self.options.head
+            if asked != "default":
+                return self._proposer(asked, 0)
+            in_use = self.heads.in_use()
+            for choice in (in_use.of(project), in_use.of(None)):
+                if choice.head is None:
+                    break
+                if choice.backbone != self._backbone.id:
+                    continue
+                try:
+                    path = self.heads.path(choice.head)
+                    return self._proposer(str(path), path.stat().st_mtime_ns)
+                except (OSError, ValueError) as error:
+                    log.error("The head %s of project %s is passed over: %s", choice.head, project, error)
+            return self._proposer("shipped", 0)
 
     @cached_property
     def _backbone(self) -> Backbone:
         options = self.options
         return build(options.backbone, checkpoint=options.checkpoint, device=options.device, data_dir=options.data_dir)
 
-    @cached_property
-    def _proposer(self) -> Proposer:
-        options = self.options
-        return Proposer(self._backbone, head=options.head, strategy=options.strategy, data_dir=options.data_dir)
+    def _proposer(self, head: str, stamp: int) -> Proposer:
+        """A proposer, kept: it holds a few kilobytes."""
+        made = self._proposers.get((head, stamp))
+        if made is None:
+            options = self.options
+            made = Proposer(self._backbone, head=head, strategy=options.strategy, data_dir=options.data_dir)
+            if len(self._proposers) >= MAX_PROPOSERS:
+                del self._proposers[next(iter(self._proposers))]
+            self._proposers[head, stamp] = made
+        return made
 
     def free_memory(self) -> None:
         """Give back what can be computed again; for when the device runs out of memory."""

@@ -129,7 +129,7 @@ def _failure(error: Exception) -> Failure:
 def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
     timings = Timings()
     try:
-        backbone, proposer = current.backbone, current.proposer
+        backbone, proposer = current.backbone, current.proposer_of(job.image.project)
     except ValueError as error:
         raise JobError(str(error), "Correct the setting and start the worker again.", 503) from error
     embedding, key = _embedding(job.image, current, timings)

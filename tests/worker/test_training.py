@@ -17,6 +17,7 @@ from worker.decode import decode
 from worker.embeddings import encode
 from worker.head.features import coarse, feature_names
 from worker.head.fit import FitOptions
+from worker.head.registry import HeadRegistry
 from worker.head.store import Head, find_head, load_head, save_head
 from worker.proposer import Proposer
 from worker.training import SessionOptions, collect, lowres_truth, train_head
@@ -100,7 +101,7 @@ def test_default_falls_back_to_the_prior(tmp_path: Path, caplog: pytest.LogCaptu
 def test_chosen_head_is_the_default(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
     head = train_head(backbone, read_pairs(folder), SessionOptions(clicks=1, pixels=32), FitOptions(rounds=1))
     save_head(head, tmp_path / "heads" / "mine" / "head.safetensors")
-    (tmp_path / "heads" / "default").write_text("mine\n")
+    HeadRegistry(tmp_path).use("mine")
     assert find_head("default", backbone_id=backbone.id, channels=16, data_dir=tmp_path).id.startswith("mine-")
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from worker.head.features import feature_names
 from worker.head.linear import LinearPosterior, sam_centred
+from worker.head.registry import HeadRegistry
 
 log = logging.getLogger(__name__)
 
@@ -85,18 +86,18 @@ def find_head(name: str, *, backbone_id: str, channels: int, data_dir: Path) -> 
     """The head that `name` means for a backbone.
 
     `none`: the prior, SAM's mask. `default`: the one chosen with `bald-sam heads use`, else the shipped one, else (or
-    where those were trained for another backbone) the prior. Otherwise a name under data_dir/heads or a path: that
-    head, or ValueError when it is missing or does not fit the backbone's features.
+    where those were trained for another backbone) the prior. `shipped`: the same without a choice. Otherwise a name
+    under data_dir/heads or a path: that head, or ValueError when it is missing or does not fit the backbone's features.
     """
     fallback = prior_head(backbone_id, channels)
     if name == "none":
         return fallback
-    if name == "default":
-        chosen = chosen_head(data_dir)
+    if name in ("default", "shipped"):
+        chosen = chosen_head(data_dir) if name == "default" else None
         candidates = [path for path in (chosen, SHIPPED) if path is not None and path.is_file()]
         for path in candidates:
             head = load_head(path)
-            if head.backbone == backbone_id:
+            if head.backbone == backbone_id and head.posterior.names == fallback.posterior.names:
                 return head
             log.info("The head %s was trained for %s, not for %s.", path, head.backbone, backbone_id)
         log.info("No trained head fits %s: proposals start from a prior centred on SAM.", backbone_id)
@@ -114,11 +115,10 @@ def find_head(name: str, *, backbone_id: str, channels: int, data_dir: Path) -> 
 
 
 def chosen_head(data_dir: Path) -> Path | None:
-    """The head that `bald-sam heads use NAME` made the default, if any."""
-    marker = data_dir / "heads" / "default"
-    if not marker.is_file():
-        return None
-    return data_dir / "heads" / marker.read_text().strip() / "head.safetensors"
+    """The head that `bald-sam heads use NAME` made the default of all projects, if any."""
+    registry = HeadRegistry(data_dir)
+    name = registry.in_use().of(None).head
+    return None if name is None else registry.folder / name / "head.safetensors"
 
 
 def channels_of(sam: Any) -> int:
