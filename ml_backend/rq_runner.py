@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 SESSION_KEY = "bald-sam:session:"
 EMBED_KEY = "bald-sam:embed:"
+PROBE_KEY = "bald-sam:probe"
 
 #: A waiting request looks after its job this often, seconds. An answer wakes it at once.
 POLL_S = 0.1
@@ -59,11 +60,15 @@ EMBED_TIMEOUT_S = 600
 
 
 class _View(NamedTuple):
-    """What Redis knows of a job: still `queued`, `carried` by a living worker, and is any worker `alive` to take it."""
+    """What Redis knows of a job: still `queued`, `carried` by a living worker, and is any worker `alive` to take it.
+
+    `reason`: why a worker that lives cannot take it.
+    """
 
     queued: bool
     carried: bool
     alive: bool
+    reason: str | None
 
 
 class RqRunner:
@@ -123,7 +128,10 @@ class RqRunner:
         return {
             "runner": "rq",
             "queues": {str(name): length for name, length in zip(Queue, lengths, strict=True)},
-            "workers": [{"name": name, "state": worker.get("state")} for name, worker in workers.items()],
+            "workers": [
+                {"name": name, "state": worker.get("state"), "reason": worker.get("reason")}
+                for name, worker in workers.items()
+            ],
             "running": running,
         }
 
@@ -155,7 +163,7 @@ class RqRunner:
                 nobody_since = None if view.alive or view.carried else nobody_since or now
                 if nobody_since is not None and now - nobody_since > LOST_S:
                     self._drop(attempts[-1])
-                    raise JobFailed("No worker is running.", "Start one with `bald-sam worker`.", 503, 5)
+                    raise self._nobody(view.reason)
                 if lost_since is not None and now - lost_since > LOST_S:
                     attempts.append(self._again(base, attempts, payload, session, deadline - now))
                     lost_since = None
@@ -166,6 +174,13 @@ class RqRunner:
                 if now - outage_since > OUTAGE_S:
                     raise
                 time.sleep(POLL_S)
+
+    def _nobody(self, reason: str | None) -> JobFailed:
+        """Why no worker is there. Raises RedisError if Redis takes nothing: then none can say that it lives."""
+        self._redis.set(PROBE_KEY, 1, ex=1)
+        if reason is not None:
+            return JobFailed(f"No worker can answer: {reason}", "The workers try again by themselves.", 503, 5)
+        return JobFailed("No worker is running.", "Start one with `bald-sam worker`.", 503, 5)
 
     def _enqueue(
         self, job_id: str, payload: dict[str, Any], session: str, left_s: float, *, at_front: bool = False
@@ -242,9 +257,10 @@ class RqRunner:
 
     def _view(self, job_id: str) -> _View:
         queued = self._redis.lpos(self._queues[Queue.INTERACTIVE].key, job_id) is not None
-        workers = self._workers().values()
+        workers = [worker for worker in self._workers().values() if Queue.INTERACTIVE in worker.get("queues", ())]
         carried = any(worker.get("job") == job_id for worker in workers)
-        return _View(queued, carried, any(Queue.INTERACTIVE in worker.get("queues", ()) for worker in workers))
+        alive = any(worker.get("state") != "failed" for worker in workers)
+        return _View(queued, carried, alive, next((why for worker in workers if (why := worker.get("reason"))), None))
 
     def _workers(self) -> dict[str, dict[str, Any]]:
         """Living workers by name, each with `queues`, `state`, `job`, `age_s`."""
@@ -271,6 +287,10 @@ def _redis_failed(error: redis.RedisError) -> JobFailed:
     log.error("Redis: %s", type(error).__name__)
     if isinstance(error, redis.OutOfMemoryError):
         return JobFailed("Redis is full.", "Raise its maxmemory, or set maxmemory-policy to volatile-lru.", 503, 5)
+    if "MISCONF" in str(error):
+        return JobFailed(
+            "Redis cannot write to its disk.", "Free disk space on its machine; it goes on by itself then.", 503, 5
+        )
     if isinstance(error, redis.AuthenticationError):
         return JobFailed("Redis refuses the password.", "Check the password in BALD_SAM_REDIS_URL.", 503, 5)
     return JobFailed("Redis cannot be reached.", "Check that it runs where BALD_SAM_REDIS_URL says.", 503, 2)

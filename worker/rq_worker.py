@@ -30,8 +30,8 @@ from worker.contract import JOB_FUNCTIONS, WORKER_KEY, WORKERS_KEY, Queue, Runti
 log = logging.getLogger(__name__)
 
 #: A sign of life every BEAT_S; without one the worker counts as dead after ALIVE_MS.
-BEAT_S = 0.4
-ALIVE_MS = 1200
+BEAT_S = 0.3
+ALIVE_MS = 1000
 #: RQ's own bookkeeping, seconds: how long its record of a worker lives, and how often it looks for lost jobs.
 WORKER_TTL_S = 30
 MAINTENANCE_S = 30
@@ -40,6 +40,11 @@ RQ_BEAT_S = 5.0
 DEQUEUE_S = 1
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 2.0
+#: A model that cannot be loaded is tried again after this time, seconds: what is wrong may be mended meanwhile.
+LOAD_AGAIN_S = 5.0
+#: A job that is this late, seconds, no longer hears the signal that ends it; nothing but a new process helps.
+HUNG_S = 15.0
+HUNG_STATUS = 70
 
 
 class Heartbeat:
@@ -52,6 +57,8 @@ class Heartbeat:
         self._name = name
         self._queues = list(queues)
         self._state = "starting"
+        self._reason: str | None = None
+        self._limit_s: float | None = None
         self._job: str | None = None
         self._since = time.monotonic()
         self._stop = threading.Event()
@@ -62,11 +69,15 @@ class Heartbeat:
         self._thread.start()
 
     def ready(self) -> None:
-        self._state = "ready"
+        self._state, self._reason = "ready", None
 
-    def carry(self, job_id: str | None) -> None:
-        """Say at once, not with the next beat, which job is carried now."""
-        self._job, self._since = job_id, time.monotonic()
+    def failed(self, reason: str) -> None:
+        """The worker lives and takes no jobs, and this sentence says why."""
+        self._state, self._reason = "failed", reason
+
+    def carry(self, job_id: str | None, limit_s: float | None = None) -> None:
+        """Say at once, not with the next beat, which job is carried now. `limit_s`: when its time is up, if ever."""
+        self._job, self._since, self._limit_s = job_id, time.monotonic(), limit_s
         self._beat()
 
     def stop(self) -> None:
@@ -88,6 +99,7 @@ class Heartbeat:
                 "state": self._state,
                 "job": self._job,
                 "age_s": round(age, 3) if self._job else None,
+                "reason": self._reason,
             }
             try:
                 with self._redis.pipeline(transaction=False) as pipe:
@@ -102,6 +114,11 @@ class Heartbeat:
             self._beat()
             if self._stop.wait(BEAT_S):
                 return
+            job, limit_s, age_s = self._job, self._limit_s, time.monotonic() - self._since
+            if job is not None and limit_s is not None and age_s > limit_s + HUNG_S:
+                log.critical("job %s hangs since %.0f s; this process ends, to be started anew", job, age_s)
+                logging.shutdown()
+                os._exit(HUNG_STATUS)
 
 
 class ModelWorker(SimpleWorker):
@@ -166,7 +183,7 @@ class ModelWorker(SimpleWorker):
         raise StopRequested
 
     def execute_job(self, job: Any, queue: Any) -> None:
-        self._heartbeat.carry(job.id)
+        self._heartbeat.carry(job.id, job.timeout if job.timeout and job.timeout > 0 else None)
         try:
             super().execute_job(job, queue)
         finally:
@@ -225,12 +242,7 @@ def work(
     heartbeat = Heartbeat(url, unique, names)
     heartbeat.start()
     try:
-        runtime = importlib.import_module("worker.runtime")
-        runtime.configure(options)
-        warm_up = getattr(runtime.runtime(), "warm_up", None) if hasattr(runtime, "runtime") else None
-        if warm_up is not None:
-            warm_up()
-        heartbeat.ready()
+        _load(options, heartbeat)
         log.info("worker %s takes jobs from %s", unique, ", ".join(names))
         for life in range(1, 1 << 31):
             worker = ModelWorker(
@@ -256,6 +268,25 @@ def work(
             _wait_for(url)
     finally:
         heartbeat.stop()
+
+
+def _load(options: RuntimeOptions, heartbeat: Heartbeat) -> None:
+    """Load the model. As long as it cannot be loaded the worker says why, takes no jobs, and tries again."""
+    runtime = importlib.import_module("worker.runtime")
+    runtime.configure(options)
+    while True:
+        try:
+            runtime.warm_up()
+        except (OSError, ValueError, RuntimeError) as error:
+            if type(error).__name__ == "AcceleratorError":  # CUDA answers nothing more in this process
+                raise
+            foreseen = isinstance(error, ValueError) or type(error).__name__ == "CheckpointError"
+            log.error("the model cannot be loaded: %s; trying again", error, exc_info=None if foreseen else error)
+            heartbeat.failed(str(error) if foreseen else f"{type(error).__name__}, see the worker's log.")
+            time.sleep(LOAD_AGAIN_S)
+        else:
+            heartbeat.ready()
+            return
 
 
 def _wait_for(url: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import types
@@ -15,10 +16,14 @@ from typing import Any
 
 
 def segment(job: dict[str, Any]) -> dict[str, Any]:
-    """Session `sleep:2` sleeps, `raise` raises, `fail` fails in words, `die` kills the process, others just answer."""
+    """Session `sleep:2` sleeps, `hang` cannot be interrupted, `raise` raises, `fail` fails in words, `die` kills the
+    process, others just answer."""
     verb, _, value = job["session"].partition(":")
     if verb == "sleep":
         time.sleep(float(value))
+    if verb == "hang":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(600)
     if verb == "raise":
         raise RuntimeError("a secret of the worker")
     if verb == "die":
@@ -47,11 +52,18 @@ def embed(job: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "embed", "done": len(job["images"])}
 
 
+def warm_up() -> None:
+    """Loads nothing; fails in words as long as the file that BROKEN names is there."""
+    broken = os.environ.get("BROKEN")
+    if broken and Path(broken).exists():
+        raise ValueError("The head is damaged. Choose another.")
+
+
 def install() -> None:
     """Put the functions where the allow-list has them."""
     tasks, runtime = types.ModuleType("worker.tasks"), types.ModuleType("worker.runtime")
     tasks.segment, tasks.embed = segment, embed  # type: ignore[attr-defined]
-    runtime.configure = lambda options: None  # type: ignore[attr-defined]
+    runtime.configure, runtime.warm_up = lambda options: None, warm_up  # type: ignore[attr-defined]
     sys.modules["worker.tasks"], sys.modules["worker.runtime"] = tasks, runtime
 
 
@@ -60,6 +72,7 @@ if __name__ == "__main__":
 
     logging.basicConfig(level=logging.INFO)
     install()
+    rq_worker.LOAD_AGAIN_S, rq_worker.HUNG_S = 0.2, 0.5
     rq_worker.work(
         contract.RuntimeOptions.model_validate({"data_dir": ".", "redis_url": sys.argv[1]}),
         name=sys.argv[2] if len(sys.argv) > 2 else None,

@@ -48,10 +48,10 @@ class Workers:
         self.url, self.folder = url, folder
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, url: str | None = None) -> subprocess.Popen[bytes]:
+    def start(self, **env: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"worker-{len(self.processes)}.log").open("wb") as log:
-            command = [sys.executable, str(SCRIPT), url or self.url]
-            process = subprocess.Popen(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+            command = [sys.executable, str(SCRIPT), self.url]
+            process = subprocess.Popen(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)} | env, stdout=log, stderr=log)
         self.processes.append(process)
         return process
 
@@ -215,6 +215,33 @@ def test_no_worker_is_said_quickly_and_heals(
     workers.start()
     ready(runner, 1)
     assert runner.segment(click("c"), deadline_s=10).area == 7
+
+
+def test_a_worker_that_cannot_load_its_model_says_why_and_tries_again(
+    runner: RqRunner, workers: Workers, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    workers.start(BROKEN=str(broken))
+    until(lambda: [worker["state"] for worker in runner.status()["workers"]] == ["failed"])
+    failed = refusal(lambda: runner.segment(click("a"), deadline_s=10))
+    assert (failed.status, "The head is damaged." in failed.error) == (503, True)
+    workers.start()
+    until(lambda: sorted(worker["state"] for worker in runner.status()["workers"]) == ["failed", "ready"])
+    for x in range(5):
+        assert runner.segment(click("b", x), deadline_s=10).area == x
+    broken.unlink()
+    ready(runner, 2)
+
+
+def test_a_job_that_hangs_ends_its_worker(runner: RqRunner, workers: Workers) -> None:
+    process = workers.start()
+    ready(runner, 1)
+    assert refusal(lambda: runner.segment(click("hang"), deadline_s=1)).status == 504
+    assert process.wait(20) == 70
+    assert "hangs since" in workers.logs()
+    workers.start()
+    assert runner.segment(click("next"), deadline_s=20).area == 7
 
 
 def test_a_job_taken_but_never_started_is_found(runner: RqRunner, workers: Workers, redis_url: str) -> None:
