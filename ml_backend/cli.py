@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
     "heads": ("ml_backend.evaluate_cli:heads", "List the trained heads and choose one."),
     "models": ("ml_backend.models_cli:models", "List, download and describe the backbones."),
+    "prelabel": ("ml_backend.prelabel_cli:prelabel", "Pre-label a project or a folder of images."),
     "train": ("ml_backend.evaluate_cli:train", "Train a head on images and masks."),
 }
 

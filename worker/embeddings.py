@@ -49,12 +49,24 @@ class Embedding:
 def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
     """Encode an RGB image (H, W, 3), uint8, exactly as `SamPredictor.set_image` does."""
     height, width = image.shape[:2]
-    resized = ResizeLongestSide(backbone.image_size).apply_image(image)
+    return encode_resized(backbone, resize(backbone, image), (height, width))
+
+
+def resize(backbone: Backbone, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """An image (H, W, 3) as the encoder wants it, uint8, its longer side `backbone.image_size`."""
+    resized: npt.NDArray[np.uint8] = ResizeLongestSide(backbone.image_size).apply_image(image)
+    return resized
+
+
+def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_size: tuple[int, int]) -> Embedding:
+    """Encode what `resize` returned; `original_size`: (height, width) of the image before."""
     with torch.inference_mode():
         pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
         features = backbone.sam.image_encoder(backbone.sam.preprocess(pixels))
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
-    return Embedding(features.float().clone(memory_format=torch.contiguous_format), (height, width), resized.shape[:2])
+    features = features.float().clone(memory_format=torch.contiguous_format)
+    height, width = resized.shape[:2]
+    return Embedding(features, original_size, (height, width))
 
 
 class EmbeddingCache:
@@ -100,8 +112,8 @@ class EmbeddingCache:
         self._urls.put(name, (key, time.monotonic() + URL_TTL_S), len(name) + len(key) + 200)
         self._to_redis(_url_name(name), key.encode(), URL_TTL_S)
 
-    def get(self, key: str, device: torch.device) -> Embedding | None:
-        """The embedding from memory or Redis, or None."""
+    def get(self, key: str, device: torch.device, *, remember: bool = True) -> Embedding | None:
+        """The embedding from memory or Redis, or None. Without `remember` one from Redis does not enter the memory."""
         embedding = self._memory.get(key)
         if embedding is not None:
             return embedding
@@ -115,7 +127,8 @@ class EmbeddingCache:
             self._drop_from_redis(PREFIX + "embedding:" + key)
             return None
         embedding = replace(embedding, features=embedding.features.to(device))
-        self._memory.put(key, embedding, embedding.size)
+        if remember:
+            self._memory.put(key, embedding, embedding.size)
         return embedding
 
     def put(self, key: str, embedding: Embedding) -> None:

@@ -33,12 +33,14 @@ class Decision:
 
     `logits`: (h, w) float32, the mask to show, in the low-resolution frame of the `Decoded` it came from.
     `proposal`: the next click in original pixels, or None, and then `stopped` says why in words.
+    `expected_iou`: what the posterior expects the mask to reach, see `predictive.expected_iou`.
     `maps`: score, bald, entropy, probability as float32 arrays over the (coarser) grid of proposals, when asked for.
     """
 
     logits: Tensor
     proposal: Proposal | None
     stopped: str | None
+    expected_iou: float
     maps: dict[str, NDArray[float32]] = field(default_factory=dict)
 
 
@@ -112,7 +114,8 @@ class Proposer:
         logits = decoded.logits
         if self.head.shows == "head":
             logits = state.conditioned.logit_mean(pixel_features(decoded, prompts))
-        return Decision(logits, proposal, stopped, _maps(state, score) if maps else {})
+        expected = predictive.expected_iou(state.probability[state.valid], state.shown[state.valid] > 0)
+        return Decision(logits, proposal, stopped, expected, _maps(state, score) if maps else {})
 
 
 def _seed(prompts: Prompts, seed: int) -> int:

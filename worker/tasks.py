@@ -68,21 +68,22 @@ class Timings:
 
 def segment(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one click: `SegmentJob` to `SegmentResult` or `Failure`."""
-    return _answer(SegmentJob, job, _segment)
+    return answer(SegmentJob, job, _segment)
 
 
 def embed(job: dict[str, Any]) -> dict[str, Any]:
     """Encode images ahead of the first click: `EmbedJob` to `EmbedResult` or `Failure`."""
-    return _answer(EmbedJob, job, _embed)
+    return answer(EmbedJob, job, _embed)
 
 
-def _answer(kind: type[J], job: dict[str, Any], do: Callable[[J, Runtime], Message]) -> dict[str, Any]:
+def answer(kind: type[J], job: dict[str, Any], do: Callable[[J, Runtime], Message]) -> dict[str, Any]:
+    """What `do` says to a job of this kind, as JSON; a `Failure` for what goes wrong."""
     try:
         return _with_memory(do, kind.model_validate(job), runtime()).model_dump(mode="json")
     except BaseTimeoutException:
         raise  # the worker's own: it must see it
     except Exception as error:
-        return _failure(error).model_dump(mode="json")
+        return failure(error).model_dump(mode="json")
 
 
 def _with_memory(do: Callable[[J, Runtime], Message], job: J, current: Runtime) -> Message:
@@ -96,7 +97,8 @@ def _with_memory(do: Callable[[J, Runtime], Message], job: J, current: Runtime) 
     return do(job, current)
 
 
-def _failure(error: Exception) -> Failure:
+def failure(error: Exception) -> Failure:
+    """What went wrong, in words for a person."""
     if isinstance(error, JobError):
         return error.failure
     if isinstance(error, ImageError):
@@ -133,7 +135,7 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
     except ValueError as error:
         raise JobError(str(error), "Correct the setting and start the worker again.", 503) from error
     embedding, key = _embedding(job.image, current, timings)
-    prompts = _in_image(job, embedding)
+    prompts = in_image(job.prompts, (job.height, job.width), embedding.original_size)
     with timings.stage("decode"):
         decoded = decode_session(backbone, embedding, prompts, current.logits, key)
     logits, proposal, stopped = decoded.logits, None, None
@@ -211,23 +213,23 @@ def _is_remote(url: str) -> bool:
     return url.startswith(REMOTE) or LABEL_STUDIO_PATHS.search("/" + url) is not None or url.startswith("upload/")
 
 
-def _in_image(job: SegmentJob, embedding: Embedding) -> Prompts:
-    """The job's prompts in pixels of the image itself. What lies outside, as on a border, moves to the border."""
-    height, width = embedding.original_size
-    to_x, to_y = width / job.width, height / job.height
+def in_image(prompts: Prompts, frame: tuple[int, int], size: tuple[int, int]) -> Prompts:
+    """Prompts in pixels of an image of `frame` (height, width), in pixels of the image itself, which has `size`.
+
+    What lies outside, as on a border, moves to the border. Raises JobError where nothing is left to segment.
+    """
+    height, width = size
+    to_x, to_y = width / frame[1], height / frame[0]
 
     def point(x: float, y: float) -> tuple[float, float]:
         return min(max(x * to_x, 0.0), float(width)), min(max(y * to_y, 0.0), float(height))
 
     clicks, box = [], None
-    for click in job.prompts.clicks:
+    for click in prompts.clicks:
         x, y = point(click.x, click.y)
         clicks.append(Click(x=x, y=y, positive=click.positive))
-    if job.prompts.box is not None:
-        (x0, y0), (x1, y1) = (
-            point(job.prompts.box.x0, job.prompts.box.y0),
-            point(job.prompts.box.x1, job.prompts.box.y1),
-        )
+    if prompts.box is not None:
+        (x0, y0), (x1, y1) = point(prompts.box.x0, prompts.box.y0), point(prompts.box.x1, prompts.box.y1)
         if x0 >= x1 or y0 >= y1:
             raise JobError("The box has no area inside the image.", "Draw the box on the image.", 422)
         box = Box(x0=x0, y0=y0, x1=x1, y1=y1)

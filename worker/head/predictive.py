@@ -135,3 +135,14 @@ def bald_of_samples(logits: Tensor) -> Tensor:
     if logits.shape[0] < 2:
         raise ValueError("BALD from samples needs at least two samples.")
     return (binary_entropy(torch.sigmoid(logits).mean(0)) - binary_entropy_of_logit(logits).mean(0)).clamp(min=0.0)
+
+
+def expected_iou(probability: Tensor, mask: Tensor) -> float:
+    """E|M n Y| / E|M u Y| for a mask M (bool) and P(inside) of each of its pixels, any equal shapes; 0 if M is empty.
+
+    The ratio of the expectations, which is the expected ratio up to terms that vanish with the number of independent
+    pixels (Nowozin, Optimal decisions from probabilistic models: the IoU case, CVPR 2014).
+    """
+    inside = float(probability[mask].sum())
+    union = float(mask.sum()) + float(probability[~mask].sum())
+    return inside / union if union > 0 else 0.0

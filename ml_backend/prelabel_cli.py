@@ -1,0 +1,235 @@
+"""`bald-sam prelabel` and `bald-sam embed`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ml_backend.cli import fail, load_settings
+from ml_backend.errors import BackendError, RequestError
+from ml_backend.jobs import JobFailed
+from ml_backend.model import model_version
+from ml_backend.prelabel import Answer, Batch, FolderRun, Observer, Summary, folder_config, prelabel_folder
+from ml_backend.prelabel_prompts import PromptFile, read_prompts
+from ml_backend.settings import Settings
+from worker.contract import Everything, PrelabelItem, PrelabelOptions, RuntimeOptions
+
+#: Where Label Studio finds the images of its local storage; see docs/prelabel.md.
+LOCAL_FILES = "/data/local-files/?d={path}"
+EVERYTHING = "everything"
+#: Lower priority than a server on the same machine, as `nice` counts.
+NICENESS = 10
+#: Failures that are shown one by one.
+SHOWN_FAILURES = 10
+
+
+class ThisProcess:
+    """Does the work of a batch here, image after image, without a queue."""
+
+    def __init__(self, options: RuntimeOptions) -> None:
+        self._options = options
+
+    def prelabel(self, items: Iterable[PrelabelItem], options: PrelabelOptions) -> Iterator[Answer]:
+        """See `Batch`."""
+        runtime = importlib.import_module("worker.runtime")
+        batch = importlib.import_module("worker.batch")
+        tasks = importlib.import_module("worker.tasks")
+        runtime.configure(self._options)
+        try:
+            yield from batch.run(items, options, runtime.runtime())
+        except Exception as error:
+            words = tasks.failure(error)
+            raise JobFailed(words.error, words.hint, words.status) from error
+
+
+@click.command()
+@click.option("--project", type=click.IntRange(1), help="Number of a project in your Label Studio.")
+@click.option("--images", type=click.Path(path_type=Path), help="A folder instead of a project; needs no Label Studio.")
+@click.option("--prompts", "source", required=True, help="A CSV or COCO .json file, or `everything`.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The tasks to import, with --images.")
+@click.option("--label", help="Label of regions whose prompt has none.")
+@click.option("--each-point", is_flag=True, help="Every point of a CSV is an object of its own.")
+@click.option("--format", "shape", type=click.Choice(["brush", "polygon"]), default="brush", show_default=True)
+@click.option("--no-proposal", is_flag=True, help="Masks only, without a proposed next click.")
+@click.option("--retry-failed", is_flag=True, help="Try again what failed before.")
+@click.option("--image-url", default=LOCAL_FILES, show_default=True, help="Address of an image in the tasks.")
+@click.option("--grid", type=click.IntRange(1, 64), help="everything: points per side.")
+@click.option("--min-iou", type=click.FloatRange(0, 1), help="everything: least predicted IoU.")
+@click.option("--min-stability", type=click.FloatRange(0, 1), help="everything: least stability of the mask.")
+@click.option("--max-overlap", type=click.FloatRange(0, 1), help="everything: IoU with a better region.")
+@click.option("--min-area", type=click.FloatRange(0, 1), help="everything: share of the image.")
+@click.option("--max-area", type=click.FloatRange(0, 1), help="everything: share of the image.")
+@click.option("--top", type=click.IntRange(1), help="everything: so many regions an image at most.")
+@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@click.option("--strategy", help="How the next click is chosen.")
+@click.option("--redis-url", help="Have `bald-sam worker` processes do the work.")
+@click.option("--json", "as_json", is_flag=True, help="The summary for scripts.")
+def prelabel(
+    project: int | None,
+    images: Path | None,
+    source: str,
+    out: Path | None,
+    label: str | None,
+    each_point: bool,
+    shape: str,
+    no_proposal: bool,
+    retry_failed: bool,
+    image_url: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Pre-label a project or a folder of images.
+
+    Killed or stopped, the same command goes on where it was.
+    """
+    names = ("backbone", "device", "head", "strategy", "redis_url")
+    settings = load_settings(**{name: options.pop(name) for name in names})
+    filters = {_FILTERS.get(name, name): value for name, value in options.items() if value is not None}
+    if (project is None) == (images is None):
+        fail("Give --project with the number of a project, or --images with a folder.")
+    wanted = PrelabelOptions(polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy)
+    try:
+        prompts, fingerprint = _prompts(source, each_point, label, filters)
+        if images is not None:
+            if out is None:
+                fail("Give --out with the file of tasks to write, for example --out tasks.json.")
+            labels = _labels(prompts, label)
+            run = FolderRun(
+                folder=images,
+                out=out,
+                prompts=prompts,
+                controls=folder_config(labels, polygons=wanted.polygons),
+                options=wanted,
+                version=model_version(settings),
+                url=image_url,
+                unlabelled=label is None,
+                fingerprint=fingerprint,
+            )
+            batch = _batch(settings, images)
+            with watching(as_json) as observe:
+                summary = prelabel_folder(run, batch, retry_failed=retry_failed, observe=observe)
+            _report(summary, as_json, f"{out} is written.", "--retry-failed tries these again.")
+    except (BackendError, JobFailed) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("Stopped. Nothing is lost: the same command goes on from here.")
+    if summary.failed:
+        sys.exit(1)
+
+
+_FILTERS = {"grid": "points_per_side"}
+
+
+def _prompts(
+    source: str, each_point: bool, label: str | None, filters: dict[str, Any]
+) -> tuple[PromptFile | Everything, str]:
+    """The prompts, and a hash of what they depend on."""
+    if source == EVERYTHING:
+        return Everything(label=label, **filters), ""
+    if filters:
+        raise RequestError(f"--{next(iter(filters))} is for --prompts everything.")
+    path = Path(source)
+    if path.suffix.lower() not in (".csv", ".json"):
+        raise RequestError(
+            f"--prompts {source} is neither a .csv nor a .json file.", "Give one of these, or `everything`."
+        )
+    found = read_prompts(path, each_point=each_point)
+    if label is not None:
+        found.label_all(label)
+    return found, hashlib.sha256(path.read_bytes() + bytes([each_point])).hexdigest() + (label or "")
+
+
+def _labels(prompts: PromptFile | Everything, label: str | None) -> list[str]:
+    """The labels that occur, in order."""
+    if isinstance(prompts, Everything):
+        return [label] if label else []
+    found = [one.label for entry in prompts.by_name.values() for one in entry.objects]
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def _batch(settings: Settings, images: Path | None = None) -> Batch:
+    if settings.redis_url is not None:
+        fail("--redis-url is not understood yet.")
+    try:
+        importlib.import_module("worker.batch")
+    except ModuleNotFoundError as exc:
+        fail(f"`bald-sam prelabel` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
+    os.nice(NICENESS)
+    options = settings.runtime_options()
+    if images is not None:
+        options = options.model_copy(update={"local_roots": (*options.local_roots, images.resolve())})
+    return ThisProcess(options)
+
+
+class Rate(ProgressColumn):
+    """Images per second since the start."""
+
+    def render(self, task: Any) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def watching(as_json: bool) -> Iterator[Observer]:
+    """A progress bar with rate and time left, on stderr; nothing for scripts."""
+    if as_json:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("Pre-labelling", total=None, failed="")
+        started = False
+
+        def observe(summary: Summary) -> None:
+            nonlocal started
+            failed = f"[red]{len(summary.failed)} failed[/red]" if summary.failed else ""
+            now = summary.done + summary.already + len(summary.failed)
+            if not started:  # what was done before does not count for the rate
+                progress.reset(bar, total=summary.total, completed=now, failed=failed)
+                started = True
+            progress.update(bar, completed=now, failed=failed)
+
+        yield observe
+
+
+def _report(summary: Summary, as_json: bool, done: str, again: str) -> None:
+    if as_json:
+        click.echo(json.dumps(summary.as_dict()))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    before = f", {summary.already} were done before" if summary.already else ""
+    console.print(f"{summary.done} of {summary.total} images pre-labelled, {summary.regions} regions{before}. {done}")
+    for note in summary.notes:
+        console.print(f"[yellow]![/yellow] {note}")
+    if summary.failed:
+        console.print(f"[red]{len(summary.failed)} failed[/red]; {again}")
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in summary.failed.items():
+            by_reason.setdefault(reason, []).append(key)
+        for reason, keys in sorted(by_reason.items(), key=lambda one: -len(one[1]))[:SHOWN_FAILURES]:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            console.print(f"  {len(keys)} x {reason} ({shown})", markup=False)

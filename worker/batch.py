@@ -1,0 +1,285 @@
+"""Pre-labelling: many images, the prompts of their objects given, none or to be found.
+
+Reading an image, running the model, and making masks from logits happen at the same time, for different images. The
+model runs on the caller's thread, and lets clicks through between any two small steps (`worker.preemption`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rq.timeouts import BaseTimeoutException
+from torch import Tensor
+
+from worker import brush_rle
+from worker.contract import (
+    Failure,
+    ObjectPrompts,
+    PrelabelFailure,
+    PrelabelImage,
+    PrelabelItem,
+    PrelabelJob,
+    PrelabelOptions,
+    PrelabelResult,
+    Prompts,
+    Proposal,
+    Region,
+)
+from worker.decode import Decoded, Frame, decode, decode_batch, decode_session
+from worker.embeddings import Embedding, encode_resized, resize
+from worker.everything import segment_everything
+from worker.images import decode_image, fetch
+from worker.masks import to_mask
+from worker.outlines import prompts_of, rings
+from worker.preemption import give_way, give_way_within
+from worker.runtime import Runtime
+from worker.tasks import JobError, answer, failure, in_image
+
+log = logging.getLogger(__name__)
+
+#: Images that are read ahead of the model, and threads that read them (they wait for the network most of the time).
+READ_AHEAD = 4
+READERS = 2
+#: Images whose masks may wait to be made.
+FINISH_BEHIND = 4
+#: Single clicks that are decoded in one pass.
+DECODE_BATCH = 16
+
+Answer = PrelabelImage | PrelabelFailure
+
+
+def prelabel(job: dict[str, Any]) -> dict[str, Any]:
+    """The job function: `PrelabelJob` to `PrelabelResult`, or `Failure` where no image could be done at all."""
+    return answer(PrelabelJob, job, _prelabel)
+
+
+def _prelabel(job: PrelabelJob, current: Runtime) -> PrelabelResult:
+    answers = list(run(job.items, job.options, current))
+    return PrelabelResult(
+        images=tuple(one for one in answers if isinstance(one, PrelabelImage)),
+        failed=tuple(one for one in answers if isinstance(one, PrelabelFailure)),
+        model_version=current.proposer.model_version,
+    )
+
+
+def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtime) -> Iterator[Answer]:
+    """One answer for each item, in order, as soon as it is made. `items` is read a few items ahead.
+
+    Raises what keeps every image from being done (no weights, an unknown strategy); what is wrong with one image is
+    its `PrelabelFailure`.
+    """
+    backbone, _ = current.backbone, current.proposer
+    give_way_within(backbone.sam.image_encoder)
+    with (
+        ThreadPoolExecutor(READERS, "prelabel-read", _single_threaded) as readers,
+        ThreadPoolExecutor(1, "prelabel-finish", _single_threaded) as finishers,
+    ):
+        finishing: deque[Future[Answer] | PrelabelFailure] = deque()
+        try:
+            for item, pixels in _ahead(items, lambda item: readers.submit(_read, item, current)):
+                finishing.append(_attempt(item, pixels, options, current, finishers))
+                while finishing and (len(finishing) > FINISH_BEHIND or _is_done(finishing[0])):
+                    yield _result(finishing.popleft())
+            while finishing:
+                yield _result(finishing.popleft())
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An image that was read: its embedding if it is known, else its pixels as the encoder wants them."""
+
+    embedding: Embedding | None
+    resized: NDArray[np.uint8] | None
+    original_size: tuple[int, int]
+    key: str
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object that was decided on: what the finishing thread needs to make its region."""
+
+    logits: Tensor
+    frame: Frame
+    prompts: Prompts
+    label: str | None
+    predicted_iou: float
+    expected_iou: float
+    proposal: Proposal | None
+
+
+def _ahead(
+    items: Iterable[PrelabelItem], read: Callable[[PrelabelItem], Future[_Read]]
+) -> Iterator[tuple[PrelabelItem, Future[_Read]]]:
+    """Each item with its reading, which began `READ_AHEAD` items earlier."""
+    waiting: deque[tuple[PrelabelItem, Future[_Read]]] = deque()
+    for item in items:
+        waiting.append((item, read(item)))
+        if len(waiting) > READ_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _single_threaded() -> None:
+    """Threads beside the model's leave the cores to it."""
+    torch.set_num_threads(1)
+
+
+def _read(item: PrelabelItem, current: Runtime) -> _Read:
+    data = fetch(item.image, current.options)
+    backbone = current.backbone
+    key = current.embeddings.key(data, backbone)
+    known = current.embeddings.get(key, backbone.device, remember=False)
+    if known is not None:
+        return _Read(known, None, known.original_size, key)
+    image = decode_image(data, current.options)
+    height, width = image.shape[:2]
+    return _Read(None, resize(backbone, image), (height, width), key)
+
+
+def _attempt(
+    item: PrelabelItem,
+    reading: Future[_Read],
+    options: PrelabelOptions,
+    current: Runtime,
+    finishers: ThreadPoolExecutor,
+) -> Future[Answer] | PrelabelFailure:
+    try:
+        image = reading.result()
+        try:
+            objects = _decide(item, image, options, current)
+        except torch.OutOfMemoryError:
+            log.warning("The device ran out of memory; trying once more with empty caches.")
+            current.free_memory()
+            objects = _decide(item, image, options, current)
+    except BaseTimeoutException:
+        raise  # the worker's own: it must see it
+    except Exception as error:
+        return _failed(item, error)
+    return finishers.submit(_finish, item, image.original_size, objects, options)
+
+
+def _failed(item: PrelabelItem, error: Exception) -> PrelabelFailure:
+    words: Failure = failure(error)
+    return PrelabelFailure(key=item.key, error=words.error, hint=words.hint)
+
+
+def _is_done(one: Future[Answer] | PrelabelFailure) -> bool:
+    return isinstance(one, PrelabelFailure) or one.done()
+
+
+def _result(one: Future[Answer] | PrelabelFailure) -> Answer:
+    return one if isinstance(one, PrelabelFailure) else one.result()
+
+
+@torch.inference_mode()
+def _decide(item: PrelabelItem, image: _Read, options: PrelabelOptions, current: Runtime) -> list[_Object]:
+    """Encode, decode every object, and decide on its mask and its next click."""
+    give_way()
+    backbone, proposer = current.backbone, current.proposer_of(item.image.project)
+    embedding = image.embedding
+    if embedding is None:
+        assert image.resized is not None
+        with current.encoding:
+            embedding = encode_resized(backbone, image.resized, image.original_size)
+    objects = []
+    for label, prompts, decoded in _decoded(item, embedding, current):
+        give_way()
+        decision = proposer.propose(
+            decoded,
+            prompts,
+            strategy=options.strategy,
+            redecode=lambda others, mask: decode(backbone, embedding, others, mask),
+        )
+        # A copy: the logits may be a view that would keep every candidate mask in memory.
+        logits, proposal = decision.logits.clone(), decision.proposal if options.propose else None
+        iou = min(max(decoded.predicted_iou, 0.0), 1.0)
+        objects.append(_Object(logits, decoded.frame, prompts, label, iou, decision.expected_iou, proposal))
+    return objects
+
+
+def _decoded(
+    item: PrelabelItem, embedding: Embedding, current: Runtime
+) -> Iterator[tuple[str | None, Prompts, Decoded]]:
+    """(label, prompts in pixels of the image, what the decoder says) of each object."""
+    backbone = current.backbone
+    if item.everything is not None:
+        for prompts, decoded in segment_everything(backbone, embedding, item.everything):
+            yield item.everything.label, prompts, decoded
+    given = [(one.label, known) for one in item.objects if (known := _prompts(one, item, embedding)) is not None]
+    single = [one for one in given if len(one[1].clicks) == 1 and one[1].box is None]
+    for start in range(0, len(single), DECODE_BATCH):
+        give_way()
+        part = single[start : start + DECODE_BATCH]
+        answers = decode_batch(backbone, embedding, [prompts for _, prompts in part])
+        for (label, prompts), decoded in zip(part, answers, strict=True):
+            yield label, prompts, decoded
+    for label, prompts in given:
+        if len(prompts.clicks) != 1 or prompts.box is not None:
+            give_way()
+            yield label, prompts, decode_session(backbone, embedding, prompts)
+
+
+def _prompts(one: ObjectPrompts, item: PrelabelItem, embedding: Embedding) -> Prompts | None:
+    """The prompts of an object in pixels of the image; None for an empty brush."""
+    height, width = embedding.original_size
+    frame = (item.height or height, item.width or width)
+    given: Prompts | None = one.prompts
+    if one.brush:
+        try:
+            mask = brush_rle.decode(one.brush, *frame)
+        except ValueError as error:
+            raise JobError(f"A brush region cannot be read: {error}", "Draw it again.", 422) from error
+        given = prompts_of(mask)
+    if given is None:
+        return None
+    return in_image(given, frame, embedding.original_size)
+
+
+def _finish(item: PrelabelItem, size: tuple[int, int], objects: list[_Object], options: PrelabelOptions) -> Answer:
+    """Masks at full size, and their brush or outlines. Runs beside the model."""
+    try:
+        with torch.inference_mode():
+            return _regions(item, size, objects, options)
+    except Exception as error:
+        return _failed(item, error)
+
+
+def _regions(
+    item: PrelabelItem, size: tuple[int, int], objects: list[_Object], options: PrelabelOptions
+) -> PrelabelImage:
+    height, width = item.height or size[0], item.width or size[1]
+    regions, best = [], None
+    for one in objects:
+        mask = to_mask(one.logits, one.frame, one.prompts, (height, width))
+        area = int(mask.sum())
+        outlines = rings(mask) if options.polygons else []
+        if not area or (options.polygons and not outlines):
+            continue
+        regions.append(
+            Region(
+                label=one.label,
+                rle=[] if options.polygons else brush_rle.encode(mask),
+                rings=outlines,
+                area=area,
+                predicted_iou=one.predicted_iou,
+                expected_iou=one.expected_iou,
+            )
+        )
+        if one.proposal is not None and (best is None or one.proposal.score > best.score):
+            best = one.proposal
+    if best is not None:
+        best = best.model_copy(update={"x": best.x * width / size[1], "y": best.y * height / size[0]})
+    confidence = sum(region.expected_iou for region in regions) / len(regions) if regions else 0.0
+    return PrelabelImage(
+        key=item.key, width=width, height=height, regions=tuple(regions), confidence=confidence, proposal=best
+    )
