@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from threading import Lock
+from threading import Event, Lock, Thread
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,14 @@ log = logging.getLogger(__name__)
 #: Redis keeps an embedding for a working day, and forgets which image lies behind a URL sooner.
 EMBEDDING_TTL_S = 8 * 3600
 URL_TTL_S = 3600
-#: Longest wait for another process that encodes the same image; after that this one encodes it too.
+#: Longest wait for another process that encodes the same image; after that this one encodes it too. Its claim ends by
+#: itself when the process is killed: it is renewed as long as it encodes.
 ENCODE_WAIT_S = 60.0
+CLAIM_MS = 2000
+RENEW_S = 0.5
 PREFIX = "bald-sam:"
+#: A damaged number would be a wrong mask.
+CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class EmbeddingCache:
         if known is not None and known[1] > time.monotonic():
             return known[0]
         found = self._from_redis(_url_name(name))
-        return found.decode() if found else None
+        return found.decode(errors="replace") if found else None
 
     def remember_url(self, url: str, backbone: Backbone, key: str) -> None:
         """Note which image lies behind a URL, so that it need not be fetched again soon."""
@@ -146,7 +152,8 @@ class EmbeddingCache:
             embedding = self.get(key, device) or self._wait_for_other_process(key, device)
             if embedding is None:
                 try:
-                    embedding = compute()
+                    with self._renewing(key):
+                        embedding = compute()
                     self.put(key, embedding)
                 finally:
                     self._drop_from_redis(PREFIX + "encoding:" + key)
@@ -157,7 +164,7 @@ class EmbeddingCache:
         deadline = time.monotonic() + ENCODE_WAIT_S
         while self._redis is not None and time.monotonic() < deadline:
             try:
-                if self._redis.set(PREFIX + "encoding:" + key, b"1", ex=int(ENCODE_WAIT_S), nx=True):
+                if self._redis.set(PREFIX + "encoding:" + key, b"1", px=CLAIM_MS, nx=True):
                     return self.get(key, device)
             except RedisError as error:
                 _say_redis_failed(error)
@@ -167,6 +174,25 @@ class EmbeddingCache:
             if embedding is not None:
                 return embedding
         return None
+
+    @contextmanager
+    def _renewing(self, key: str) -> Iterator[None]:
+        """Keep the claim on an image during the block."""
+        if self._redis is None:
+            yield
+            return
+        client, done = self._redis, Event()
+
+        def renew() -> None:
+            while not done.wait(RENEW_S):
+                with suppress(RedisError):
+                    client.pexpire(PREFIX + "encoding:" + key, CLAIM_MS)
+
+        Thread(target=renew, name="bald-sam-claim", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     @contextmanager
     def _flight(self, key: str) -> Iterator[None]:
@@ -210,11 +236,15 @@ class EmbeddingCache:
 def to_bytes(embedding: Embedding) -> bytes:
     """An embedding as safetensors, in full precision: an answer must not depend on which cache it came from."""
     sizes = torch.tensor([embedding.original_size, embedding.input_size], dtype=torch.int64)
-    return save({"features": embedding.features.cpu().contiguous(), "sizes": sizes})
+    data = save({"features": embedding.features.cpu().contiguous(), "sizes": sizes})
+    return data + zlib.crc32(data).to_bytes(CHECKSUM_BYTES)
 
 
 def from_bytes(data: bytes) -> Embedding:
     """The inverse of `to_bytes`, on the CPU. Raises SafetensorError, KeyError or ValueError for anything else."""
+    data, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    if zlib.crc32(data).to_bytes(CHECKSUM_BYTES) != checksum:
+        raise ValueError("the checksum is wrong")
     tensors = load(data)
     features, sizes = tensors["features"], tensors["sizes"]
     if features.ndim != 4 or sizes.shape != (2, 2):
