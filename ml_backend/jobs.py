@@ -10,6 +10,9 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +20,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from ml_backend.settings import Settings
 from worker import contract
-from worker.contract import EmbedJob, Failure, ImageRef, Queue, RuntimeOptions, SegmentJob, SegmentResult
+from worker.contract import (
+    EmbedJob,
+    Failure,
+    ImageRef,
+    PrelabelFailure,
+    PrelabelImage,
+    PrelabelItem,
+    PrelabelJob,
+    PrelabelOptions,
+    PrelabelResult,
+    Queue,
+    RuntimeOptions,
+    SegmentJob,
+    SegmentResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +43,11 @@ MAX_WAITING = 64
 #: Images that may wait to be encoded ahead; more are dropped, for they cost only the time they would have saved.
 MAX_EMBED_WAITING = 256
 
+#: Images of a batch that one job holds: within it reading, model and masks overlap.
+CHUNK = 8
+
 _ANSWER: TypeAdapter[SegmentResult | Failure] = TypeAdapter(SegmentResult | Failure)
+_BATCH_ANSWER: TypeAdapter[PrelabelResult | Failure] = TypeAdapter(PrelabelResult | Failure)
 
 
 class JobFailed(Exception):  # noqa: N818 (a name others catch)
@@ -49,6 +70,12 @@ class Runner(Protocol):
 
     def embed(self, job: EmbedJob) -> None:
         """Encode images ahead, in the background; returns at once, and raises nothing."""
+
+    def prelabel(
+        self, items: Iterable[PrelabelItem], options: PrelabelOptions
+    ) -> Iterator[PrelabelImage | PrelabelFailure]:
+        """One answer for each item, in any order, as soon as it is made; clicks go first at any time. `items` is read
+        a little ahead. Raises JobFailed for what keeps every item from being done; what was answered counts."""
 
     def status(self) -> dict[str, Any]:
         """`runner`, `queues` (waiting jobs by queue), `workers`, `running` (job, age in seconds)."""
@@ -80,6 +107,24 @@ def to_result(answer: Any) -> SegmentResult:
     if isinstance(message, Failure):
         raise JobFailed(message.error, message.hint, message.status)
     return message
+
+
+def to_answers(answer: Any) -> list[PrelabelImage | PrelabelFailure]:
+    """What `prelabel` returned, checked. Raises JobFailed for a Failure and for anything else."""
+    try:
+        message = _BATCH_ANSWER.validate_python(answer)
+    except ValidationError as error:
+        raise worker_failed(f"an answer that is no PrelabelResult ({error.error_count()} errors)") from error
+    if isinstance(message, Failure):
+        raise JobFailed(message.error, message.hint, message.status)
+    return [*message.images, *message.failed]
+
+
+def in_chunks(items: Iterable[PrelabelItem], size: int = CHUNK) -> Iterator[tuple[PrelabelItem, ...]]:
+    """The items in groups of `size`, the last one smaller."""
+    rest = iter(items)
+    while chunk := tuple(itertools.islice(rest, size)):
+        yield chunk
 
 
 def worker_failed(reason: object, job_id: str | None = None) -> JobFailed:
@@ -123,13 +168,15 @@ class _Task:
 
 
 _PRIORITY = {name: number for number, name in enumerate(Queue)}
+#: From this priority on tasks are long, and let others through.
+_LONG = _PRIORITY[Queue.BATCH]
 
 
 class InProcessRunner:
     """Runs the job functions of `worker.tasks` on one thread of this process, clicks before images to encode ahead.
 
-    One thread, because the model is one: a click waits for at most one image that is being encoded. Imports the worker
-    when the first job comes, so the web process starts without torch.
+    One thread, because the model is one: a click waits for at most one image that is encoded ahead, and only for one
+    layer of an image of a batch. Imports the worker when the first job comes, so the web process starts without torch.
     """
 
     def __init__(self, options: RuntimeOptions, *, max_waiting: int = MAX_WAITING) -> None:
@@ -183,6 +230,37 @@ class InProcessRunner:
                 self._waiting[key] = task
             self._tasks.put(task)
 
+    def prelabel(
+        self, items: Iterable[PrelabelItem], options: PrelabelOptions
+    ) -> Iterator[PrelabelImage | PrelabelFailure]:
+        under_way: deque[_Task] = deque()
+        chunks = in_chunks(items)
+        try:
+            while True:
+                while len(under_way) < 2 and (chunk := next(chunks, None)) is not None:
+                    under_way.append(self._enqueue_batch(PrelabelJob(items=chunk, options=options)))
+                if not under_way:
+                    return
+                task = under_way.popleft()
+                task.done.wait()
+                if task.error is not None:
+                    raise task.error
+                yield from to_answers(task.answer)
+        finally:
+            with self._lock:
+                for task in under_way:
+                    self._drop(task, JobFailed("The batch was stopped.", "Start it again.", 503))
+                    self._waiting.pop(task.key, None)
+
+    def _enqueue_batch(self, job: PrelabelJob) -> _Task:
+        task = self._task(Queue.BATCH, contract.PRELABEL, job.model_dump(mode="json"), f"{Queue.BATCH}:{uuid.uuid4()}")
+        with self._lock:
+            if self._closed:
+                raise JobFailed("The service is stopping.", "It goes on with the next start.", 503, 5)
+            self._waiting[task.key] = task
+        self._tasks.put(task)
+        return task
+
     def status(self) -> dict[str, Any]:
         with self._lock:
             keys = list(self._waiting)
@@ -211,24 +289,38 @@ class InProcessRunner:
         task.done.set()
 
     def _work(self) -> None:
-        while True:
-            task = self._tasks.get()
-            with self._lock:
-                if self._closed:
-                    return
-                if task.dropped:
-                    continue
-                if self._waiting.get(task.key) is task:
-                    del self._waiting[task.key]
-                self._running = (task, time.monotonic())
-            try:
+        while not self._closed:
+            self._run(self._tasks.get())
+
+    def _run(self, task: _Task) -> None:
+        with self._lock:
+            if self._closed or task.dropped:
+                return
+            if self._waiting.get(task.key) is task:
+                del self._waiting[task.key]
+            outer, self._running = self._running, (task, time.monotonic())
+        try:
+            with self._letting_through(task.priority) if task.priority >= _LONG else nullcontext():
                 task.answer = self._call(task.function, task.argument)
-            except Exception as error:
-                log.exception("%s failed", task.function)
-                task.error = worker_failed(repr(error))
-            with self._lock:
-                self._running = None
-            task.done.set()
+        except Exception as error:
+            log.exception("%s failed", task.function)
+            task.error = worker_failed(repr(error))
+        with self._lock:
+            self._running = outer
+        task.done.set()
+
+    def _letting_through(self, priority: int) -> Any:
+        """For the time of a long task: what is more urgent is done in the middle of it, when it asks."""
+
+        def do_what_is_urgent() -> None:
+            while not self._closed:
+                with self._tasks.mutex:
+                    waiting = self._tasks.queue
+                    if not waiting or waiting[0].priority >= min(priority, _LONG):
+                        return
+                self._run(self._tasks.get())  # this thread alone takes tasks: it is the one that was seen, or better
+
+        return importlib.import_module("worker.preemption").letting_through(do_what_is_urgent)
 
     def _call(self, function: str, argument: dict[str, Any]) -> Any:
         if function not in contract.JOB_FUNCTIONS:

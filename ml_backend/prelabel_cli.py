@@ -19,8 +19,8 @@ from rich.text import Text
 
 from ml_backend.cli import fail, load_settings
 from ml_backend.errors import BackendError, RequestError
+from ml_backend.heads_in_use import model_version
 from ml_backend.jobs import JobFailed
-from ml_backend.model import model_version
 from ml_backend.prelabel import Answer, Batch, FolderRun, Observer, Summary, folder_config, prelabel_folder
 from ml_backend.prelabel_prompts import PromptFile, read_prompts
 from ml_backend.settings import Settings
@@ -163,7 +163,9 @@ def _labels(prompts: PromptFile | Everything, label: str | None) -> list[str]:
 
 def _batch(settings: Settings, images: Path | None = None) -> Batch:
     if settings.redis_url is not None:
-        fail("--redis-url is not understood yet.")
+        from ml_backend.jobs import make_runner
+
+        return make_runner(settings)
     try:
         importlib.import_module("worker.batch")
     except ModuleNotFoundError as exc:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import redis
@@ -35,8 +35,20 @@ from ml_backend.jobs import (
     too_many,
     worker_failed,
 )
+from ml_backend.rq_batch import RqBatch
 from worker import contract
-from worker.contract import WORKER_KEY, WORKERS_KEY, EmbedJob, Queue, SegmentJob, SegmentResult
+from worker.contract import (
+    WORKER_KEY,
+    WORKERS_KEY,
+    EmbedJob,
+    PrelabelFailure,
+    PrelabelImage,
+    PrelabelItem,
+    PrelabelOptions,
+    Queue,
+    SegmentJob,
+    SegmentResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +122,14 @@ class RqRunner:
                 )
         except redis.RedisError as error:
             log.warning("images are not encoded ahead: Redis: %s", type(error).__name__)
+
+    def prelabel(
+        self, items: Iterable[PrelabelItem], options: PrelabelOptions
+    ) -> Iterator[PrelabelImage | PrelabelFailure]:
+        try:
+            yield from RqBatch(self._redis, options).run(items)
+        except redis.RedisError as error:
+            raise _redis_failed(error) from error
 
     def status(self) -> dict[str, Any]:
         try:

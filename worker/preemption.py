@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Asking may cost a request to Redis: not more often than this, seconds.
 ASK_EVERY_S = 0.005
@@ -49,6 +50,8 @@ def give_way() -> None:
 
 def give_way_within(encoder: nn.Module) -> None:
     """Make `encoder` call `give_way` before each of its layers: the members of its lists and sequences of modules."""
+    from torch import nn
+
     with _watched_lock:
         if encoder in _watched:
             return

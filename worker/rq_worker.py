@@ -10,11 +10,13 @@ import importlib
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import redis
@@ -26,6 +28,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
 from worker.contract import JOB_FUNCTIONS, WORKER_KEY, WORKERS_KEY, Queue, RuntimeOptions
+from worker.preemption import letting_through
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ LOAD_AGAIN_S = 5.0
 #: A job that is this late, seconds, no longer hears the signal that ends it; nothing but a new process helps.
 HUNG_S = 15.0
 HUNG_STATUS = 70
+#: Long work, in the middle of which the worker does what comes into the other queues.
+LONG = frozenset({Queue.BATCH, Queue.TRAIN})
 
 
 class Heartbeat:
@@ -60,6 +65,7 @@ class Heartbeat:
         self._reason: str | None = None
         self._limit_s: float | None = None
         self._job: str | None = None
+        self._paused: tuple[str, ...] = ()
         self._since = time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -80,6 +86,18 @@ class Heartbeat:
         self._job, self._since, self._limit_s = job_id, time.monotonic(), limit_s
         self._beat()
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """In this block other jobs are carried; the one that is carried now is `paused` meanwhile."""
+        kept = self._job, self._since, self._limit_s, self._paused
+        if self._job is not None:
+            self._paused = (*self._paused, self._job)
+        try:
+            yield
+        finally:
+            self._job, self._since, self._limit_s, self._paused = kept
+            self._beat()
+
     def stop(self) -> None:
         """The worker leaves: let nobody wait for its key to expire."""
         self._stop.set()
@@ -98,6 +116,7 @@ class Heartbeat:
                 "queues": self._queues,
                 "state": self._state,
                 "job": self._job,
+                "paused": self._paused,
                 "age_s": round(age, 3) if self._job else None,
                 "reason": self._reason,
             }
@@ -196,8 +215,9 @@ class ModelWorker(SimpleWorker):
         job.webhooks = []
         reason = self._refusal(job)
         if reason is None:
-            done: bool = super().perform_job(job, queue, execution)
-            return done
+            with letting_through(self._do_what_is_urgent) if job.origin in LONG else nullcontext():
+                done: bool = super().perform_job(job, queue, execution)
+                return done
         log.error("job %s refused: %s", job.id, reason)
         job.ended_at = job.created_at
         self.handle_job_failure(
@@ -209,6 +229,29 @@ class ModelWorker(SimpleWorker):
         )
         return False
 
+    def _do_what_is_urgent(self) -> None:
+        """In the middle of a long job: answer the clicks that wait, and encode the images of tasks that were opened."""
+        urgent = [queue for queue in self._ordered_queues if queue.name not in LONG]
+        try:
+            while urgent:
+                found = self.queue_class.dequeue_any(
+                    urgent,
+                    None,
+                    connection=self.connection,
+                    job_class=self.job_class,
+                    serializer=self.serializer,
+                    death_penalty_class=self.death_penalty_class,
+                )
+                if found is None:
+                    return
+                version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+                found[0].redis_server_version = version
+                with self._heartbeat.set_aside(), _alarm_set_aside():
+                    self.execute_job(*found)
+                self.set_state(WorkerStatus.BUSY)
+        except redis.RedisError as error:
+            log.debug("nothing is let through: %s", type(error).__name__)
+
     def _refusal(self, job: Any) -> str | None:
         try:
             name, instance = job.func_name, job.instance
@@ -217,6 +260,17 @@ class ModelWorker(SimpleWorker):
         if instance is not None or not isinstance(name, str) or name not in self._functions:
             return f"{str(name)[:200]!r} is not a function that a worker may run"
         return None
+
+
+@contextmanager
+def _alarm_set_aside() -> Iterator[None]:
+    """RQ ends a job that takes too long with SIGALRM, of which there is one: keep that of the job outside."""
+    left, handler = signal.alarm(0), signal.getsignal(signal.SIGALRM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.alarm(left)
 
 
 def work(
