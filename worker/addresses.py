@@ -9,7 +9,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+import threading
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import urllib3
@@ -18,8 +20,12 @@ from urllib3.exceptions import NameResolutionError, NewConnectionError
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-#: Addresses that carry an IPv4 address in their last 32 bits: the translation prefix (RFC 6052), and a form long gone.
-CARRIERS = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
+#: Addresses that carry an IPv4 address in their last 32 bits: the prefixes of translators (RFC 6052, RFC 2765), and a
+#: form long gone.
+CARRIERS = tuple(ipaddress.ip_network(prefix) for prefix in ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96"))
+#: Not public, whatever the tables of this Python say: translators inside a network (RFC 8215), and where every machine
+#: in Azure finds its host.
+INSIDE = tuple(ipaddress.ip_network(prefix) for prefix in ("64:ff9b:1::/48", "168.63.129.16/32"))
 
 # Its warnings about retries hold the whole URL, with the signature of a presigned one.
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -49,23 +55,25 @@ def is_public(address: str) -> bool:
             ip = embedded
         elif ip.teredo is not None or ip.is_site_local:
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in INSIDE)
 
 
-def guarded_pool(trusted: Callable[[str, int], bool], opened: list[HTTPConnection]) -> urllib3.PoolManager:
+def guarded_pool(
+    trusted: Callable[[str, int], bool], opened: list[HTTPConnection], left: Callable[[], float]
+) -> urllib3.PoolManager:
     """Connection pools that connect to public addresses only, and to any address of a `trusted(host, port)`.
 
-    Every connection made is appended to `opened`. A refusal is an ImageError, raised before anything is sent.
+    `left()`: seconds that may still be spent; it raises when there are none. Every connection made is appended to
+    `opened`. A refusal is an ImageError, raised before anything is sent.
     """
 
     def connect(connection: HTTPConnection) -> socket.socket:
         opened.append(connection)
         host, port = connection.host.strip("[]").rstrip("."), connection.port or connection.default_port
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
+            addresses = _look_up(host, port, left())
+        except (OSError, ValueError) as error:
             raise NameResolutionError(host, connection, socket.gaierror(str(error))) from error
-        addresses = [(family, target) for family, _, _, _, target in found]
         if not trusted(host, port):
             addresses = [entry for entry in addresses if is_public(str(entry[1][0]))]
             if not addresses:
@@ -76,9 +84,11 @@ def guarded_pool(trusted: Callable[[str, int], bool], opened: list[HTTPConnectio
                 )
         failure: OSError | None = None
         for family, target in addresses:
+            # A name may have any number of addresses, and none of them need answer.
+            limit = min(left(), connection.timeout if isinstance(connection.timeout, (int, float)) else left())
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
-                sock.settimeout(connection.timeout if isinstance(connection.timeout, (int, float)) else None)
+                sock.settimeout(limit)
                 sock.connect(target)
             except OSError as error:
                 sock.close()
@@ -105,3 +115,23 @@ def guarded_pool(trusted: Callable[[str, int], bool], opened: list[HTTPConnectio
     manager = urllib3.PoolManager(num_pools=8)
     manager.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
     return manager
+
+
+def _look_up(host: str, port: int, seconds: float) -> list[tuple[int, Any]]:
+    """(family, target) of each address of a host, waited for at most `seconds`: a resolver takes its own time."""
+    answers: SimpleQueue[list[Any] | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name="look-up", daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"nobody said in time where {host} is") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return [(family, target) for family, _, _, _, target in answer]

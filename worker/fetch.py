@@ -31,7 +31,17 @@ LABEL_STUDIO_PATHS = re.compile(
     r"/(data/upload/|data/local-files/?$|storage-data/|(tasks|projects)/\d+/(resolve|presign)/)"
 )
 CLOUD = ("s3:", "gs:", "azure-blob:")
-RETRY = Retry(total=2, redirect=False, status_forcelist=(500, 502, 503, 504), backoff_factor=0.2, raise_on_status=False)
+#: Longest URL that is followed, characters; data: URLs are as long as their image.
+MAX_URL = 8192
+#: What a server says in Retry-After is not followed: it may say a day.
+RETRY = Retry(
+    total=2,
+    redirect=False,
+    status_forcelist=(500, 502, 503, 504),
+    backoff_factor=0.2,
+    raise_on_status=False,
+    respect_retry_after_header=False,
+)
 Origin = tuple[str, str, int]
 
 
@@ -45,6 +55,8 @@ def fetch(ref: ImageRef, options: RuntimeOptions) -> bytes:
     scheme = url.partition(":")[0].lower() if re.match(r"[A-Za-z][A-Za-z0-9+._-]*:", url) else ""
     if scheme == "data":
         return _inline(url, options)
+    if len(url) > MAX_URL:
+        raise ImageError(f"The image URL is longer than {MAX_URL} characters.", "Check the URL in the task's data.", 400)
     if scheme in ("http", "https") or url.startswith(CLOUD):
         return _Download(options).get(_resolve_route(ref, url, options) if url.startswith(CLOUD) else url)
     if scheme == "file":
@@ -93,7 +105,7 @@ class _Download:
 
     def get(self, url: str) -> bytes:
         self.from_label_studio = self.base is not None and _origin(_parse(url)) == _origin(self.base)
-        pool = guarded_pool(self._trusted, self.opened)
+        pool = guarded_pool(self._trusted, self.opened, self._left)
         # A read time-out starts anew with every byte; this one does not.
         watchdog = threading.Timer(self.options.fetch_timeout_s, self._abort)
         watchdog.daemon = True
@@ -103,7 +115,7 @@ class _Download:
         except (HTTPError, OSError) as error:
             host = _parse(url).host
             if time.monotonic() >= self.deadline:
-                raise self._too_slow(host) from None
+                raise self._too_slow() from None
             reason = type(getattr(error, "reason", None) or error).__name__
             hint = "Check that this machine reaches it"
             hint += "; LABEL_STUDIO_URL says where Label Studio is." if self.from_label_studio else "."
@@ -112,9 +124,9 @@ class _Download:
             watchdog.cancel()
             pool.clear()
 
-    def _too_slow(self, host: str | None) -> ImageError:
+    def _too_slow(self) -> ImageError:
         return ImageError(
-            f"Fetching the image from {host} took more than {self.options.fetch_timeout_s:g} s.",
+            f"Fetching the image took more than {self.options.fetch_timeout_s:g} s.",
             "Check the network, or raise BALD_SAM_FETCH_TIMEOUT_S.",
             504,
         )
@@ -125,9 +137,14 @@ class _Download:
                 with suppress(OSError):
                     connection.sock.shutdown(SHUT_RDWR)
 
+    def _left(self) -> float:
+        """Seconds until the deadline. Asked before each connection: no retry begins after it."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise self._too_slow()
+        return left
+
     def _trusted(self, host: str, port: int) -> bool:
-        if time.monotonic() >= self.deadline:  # asked before each connection: no retry begins after the deadline
-            raise self._too_slow(host)
         names = {name.lower().strip("[]") for name in self.options.allowed_hosts}
         if host.lower() in names or f"{host.lower()}:{port}" in names:
             return True
@@ -139,6 +156,8 @@ class _Download:
             target = _parse(url)
             # Once a redirect has left Label Studio, neither its token nor its trust comes back.
             self.from_label_studio &= self.base is not None and _origin(target) == _origin(self.base)
+            if self.from_label_studio and _climbs(target.path or "", target.query or ""):
+                raise _climbing()
             headers = {"Accept": "image/*,*/*;q=0.5", "User-Agent": "bald-sam"}
             key = self.options.label_studio_api_key
             inside = (target.path or "/").removeprefix((self.base.path or "").rstrip("/")) if self.base else ""
@@ -262,7 +281,7 @@ def _inline(url: str, options: RuntimeOptions) -> bytes:
 def _local(name: str, options: RuntimeOptions) -> bytes:
     """Bytes of a regular file that lies, links followed, under one of the roots."""
     refused = ImageError(
-        f"The image path {name} is not in a folder that may be read.",
+        f"The image path {name[:200]} is not in a folder that may be read.",
         "Put its folder into BALD_SAM_LOCAL_ROOTS, or give the task an http(s) URL.",
         403,
     )
@@ -274,20 +293,36 @@ def _local(name: str, options: RuntimeOptions) -> bytes:
         raise refused
     try:
         real = path.resolve(strict=True)
-        if not any(real.is_relative_to(root.resolve()) for root in options.local_roots):
+        root = next((root for root in map(Path.resolve, options.local_roots) if root in real.parents), None)
+        if root is None:
             raise refused
-        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _open_beneath(root, real)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise refused
             data = file.read((options.max_image_mb << 20) + 1)
     except (OSError, RuntimeError) as error:
         raise ImageError(
-            f"The image {name} cannot be read.", "Check that the file is there and readable.", 404
+            f"The image {name[:200]} cannot be read.", "Check that the file is there and readable.", 404
         ) from error
     if len(data) > options.max_image_mb << 20:
         raise too_large(options)
     return data
+
+
+def _open_beneath(root: Path, real: Path) -> int:
+    """Descriptor of a file, opened folder by folder without following a link: the way to it cannot be bent meanwhile."""
+    through = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+    folder = os.open(root, through)
+    try:
+        *folders, name = real.relative_to(root).parts
+        for part in folders:
+            inner = os.open(part, through, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def _base(options: RuntimeOptions) -> Url | None:
@@ -320,11 +355,23 @@ def _label_studio_url(path: str, options: RuntimeOptions) -> str:
             400,
         )
     route, _, query = path.partition("?")
-    values = [route, *(value for values in parse_qs(query).values() for value in values)]
-    decoded = [unquote(unquote(value)).replace("\\", "/") for value in values]
-    if any(".." in value.split("/") for value in decoded):
-        raise ImageError("The image path climbs out of its folder.", "Remove the .. from the task's data.", 403)
+    if _climbs(route, query):
+        raise _climbing()
     return options.label_studio_url.rstrip("/") + path
+
+
+def _climbs(route: str, query: str) -> bool:
+    """Whether a path or a value of its query leads up, however often it is encoded: a server in between may decode."""
+    for value in (route, *(value for values in parse_qs(query).values() for value in values)):
+        while (plain := unquote(value)) != value:
+            value = plain
+        if ".." in value.replace("\\", "/").split("/"):
+            return True
+    return False
+
+
+def _climbing() -> ImageError:
+    return ImageError("The image path climbs out of its folder.", "Remove the .. from the task's data.", 403)
 
 
 def _resolve_route(ref: ImageRef, url: str, options: RuntimeOptions) -> str:
