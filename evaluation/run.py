@@ -18,7 +18,8 @@ import torch
 
 from evaluation.clicker import first_click
 from evaluation.datasets import Pair
-from evaluation.session import USERS, Row, Session
+from evaluation.replay import Recorded, Recordings
+from evaluation.session import HUMAN, USERS, Row, Session
 from worker import acquisition
 from worker.backbones import Backbone, build
 from worker.contract import Prompts
@@ -76,11 +77,22 @@ def open_session(setup: Setup, pair: Pair) -> Session:
     return Session(backbone, proposer, embedding, image, pair.read_mask(), pair.read_ignore())
 
 
-def evaluate_pair(task: tuple[Setup, Pair, frozenset[tuple[str, int]]]) -> list[Row]:
-    """All rows of a pair but those of the (strategy, seed) that are done already."""
-    setup, pair, done = task
-    todo = [job for job in setup.jobs_of(pair) if job not in done]
-    if not todo:
+@dataclass(frozen=True)
+class Task:
+    """A pair, the (strategy, seed) that are done already, and people's sessions: the n-th is seed n of `human`."""
+
+    setup: Setup
+    pair: Pair
+    done: frozenset[tuple[str, int]]
+    recorded: tuple[Recorded, ...] = ()
+
+
+def evaluate_pair(task: Task) -> list[Row]:
+    """All rows of a pair but those that are done already."""
+    setup, pair = task.setup, task.pair
+    todo = [job for job in setup.jobs_of(pair) if job not in task.done]
+    replays = [(seed, one) for seed, one in enumerate(task.recorded) if (HUMAN, seed) not in task.done]
+    if not todo and not replays:
         return []
     rows: list[Row] = []
     with torch.inference_mode():
@@ -89,18 +101,33 @@ def evaluate_pair(task: tuple[Setup, Pair, frozenset[tuple[str, int]]]) -> list[
         for strategy, seed in todo:
             head: Row = {"dataset": pair.dataset, "pair": pair.name, "strategy": strategy, "seed": seed}
             rows += [{**head, **row} for row in session.play(strategy, seed, setup.clicks, start)]
+        for seed, one in replays:
+            head = {"dataset": pair.dataset, "pair": pair.name, "strategy": HUMAN, "seed": seed}
+            steps = [(step.click, step.prompts) for step in one.steps]
+            rows += [{**head, **row} for row in session.replay(steps, setup.clicks)]
     return rows
 
 
 def run(
-    setup: Setup, pairs: list[Pair], path: Path, *, jobs: int = 1, progress: Callable[[int, int], None] | None = None
+    setup: Setup,
+    pairs: list[Pair],
+    path: Path,
+    *,
+    jobs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    recorded: Recordings | None = None,
 ) -> None:
     """Evaluate `pairs` and append to the CSV at `path`, skipping what it already holds.
 
-    `progress(done, total)` counts pairs. Each process uses `setup.threads` threads.
+    `recorded`: people's sessions on the pairs. `progress(done, total)` counts pairs. Each process uses `setup.threads`
+    threads.
     """
     done = finished(path, setup.clicks)
-    tasks = [(setup, pair, frozenset(done.get((pair.dataset, pair.name), ()))) for pair in pairs]
+    keys = [(pair.dataset, pair.name) for pair in pairs]
+    tasks = [
+        Task(setup, pair, frozenset(done.get(key, ())), (recorded or {}).get(key, ()))
+        for pair, key in zip(pairs, keys, strict=True)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.is_file()
     with path.open("a", newline="") as file:
@@ -115,7 +142,7 @@ def run(
                 progress(number, len(tasks))
 
 
-def _map(tasks: list[tuple[Setup, Pair, frozenset[tuple[str, int]]]], jobs: int) -> Iterable[list[Row]]:
+def _map(tasks: list[Task], jobs: int) -> Iterable[list[Row]]:
     if jobs <= 1:
         yield from map(evaluate_pair, tasks)
         return

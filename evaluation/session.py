@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +14,9 @@ from torch import Tensor
 from evaluation import baselines, metrics
 from evaluation.clicker import Mask, answer, first_click, human_like_click, oracle_click
 from worker.backbones import Backbone
+from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, decode
+from worker.decode import Decoded, LogitsCache, decode, decode_session
 from worker.embeddings import Embedding
 from worker.masks import upsample
 from worker.proposer import Decision, Proposer
@@ -31,6 +32,8 @@ USERS = {
     "grabcut": False,
     "random-walker": False,
 }
+#: People: their recorded sessions are replayed (evaluation.replay).
+HUMAN = "human"
 CLASSICAL: dict[str, Callable[[NDArray[np.uint8], tuple[Click, ...]], Mask]] = {
     "grabcut": baselines.grabcut,
     "random-walker": baselines.random_walker,
@@ -67,6 +70,22 @@ class Session:
             self._classical(strategy, count, journal)
         else:
             self._interactive(strategy, seed, count, journal, start, watch)
+        return journal.padded(count)
+
+    def replay(self, given: Sequence[tuple[Click, Prompts]], count: int) -> list[Row]:
+        """`count` rows of a recorded session: for each click its place, and all prompts of the object then.
+
+        Each state is decoded as the backend does, from its prompts alone: after an undo or a drag no mask stays behind.
+        """
+        journal = _Journal(self.truth, self.ignore)
+        known: LogitsCache = ByteLRU(64 * 2**20)
+        for click, prompts in given[:count]:
+            began = time.perf_counter()
+            decoded = decode_session(self.backbone, self.embedding, prompts, known)
+            decision = self.proposer.propose(decoded, prompts, strategy="random", redecode=self.redecode)
+            seconds = time.perf_counter() - began
+            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
+            journal.add(click, mask, float("nan"), seconds)
         return journal.padded(count)
 
     def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from evaluation import metrics
-from evaluation.session import USERS
+from evaluation.session import HUMAN, USERS
 
 MEASURES = ("iou_1", "iou_final", "best_iou", "delta_iou", "auc", "noc85", "noc90", "failures85", "failures90")
-#: Strategies that read the ground truth are ranked, too, but apart.
-WITH_TRUTH = frozenset(USERS)
+#: Who knows the truth, people included, is ranked, too, but apart.
+WITH_TRUTH = frozenset(USERS) | {HUMAN}
 
 
 def read_clicks(path: Path) -> pd.DataFrame:

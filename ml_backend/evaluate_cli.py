@@ -1,7 +1,8 @@
-"""`bald-sam evaluate`, `train` and `heads`. Everything that needs torch is imported when a command runs."""
+"""`bald-sam evaluate`. Everything that needs torch is imported when a command runs."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -14,9 +15,8 @@ from ml_backend.settings import Settings
 
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
+    from evaluation.replay import Recordings
     from evaluation.run import Setup
-    from worker.backbones import Backbone
-    from worker.head.store import Head
 
 DATA = click.option(
     "--data",
@@ -49,6 +49,12 @@ def fail(message: str) -> NoReturn:
 @DEVICE
 @click.option("--head", default=None, help="Name or path of a head, default, or none for SAM's own mask.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="At most this many pairs per folder.")
+@click.option(
+    "--sessions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File of `bald-sam clicks export`: adds the strategy `human`, what annotators did on these objects.",
+)
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Processes.", show_default=True)
 @click.option("--random-weights", is_flag=True, help="Only try the mechanics of a backbone without its checkpoint.")
 @click.option("--film", default=1, type=click.IntRange(0), help="Film strips to draw per folder.", show_default=True)
@@ -66,6 +72,7 @@ def evaluate(
     device: str | None,
     head: str | None,
     limit: int | None,
+    sessions: Path | None,
     jobs: int,
     random_weights: bool,
     film: int,
@@ -79,29 +86,37 @@ def evaluate(
     from evaluation import plots, summary
     from evaluation.datasets import read_pairs, subset
     from evaluation.run import Setup, is_random, run
+    from evaluation.session import HUMAN
     from worker import acquisition
 
     settings = Settings()
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     names = list(dict.fromkeys(acquisition.DEFAULT if name == "default" else name for name in names))
+    played = [name for name in names if name != HUMAN]
     try:
-        for name in names:
+        for name in played:
             is_random(name)
+        if sessions is None and played != names:
+            raise ValueError("`human` replays annotators' clicks: give --sessions, a file of `bald-sam clicks export`.")
         pairs = [pair for folder in folders for pair in subset(read_pairs(folder), limit)]
+        recorded: Recordings = {}
+        if sessions is not None:
+            pairs, recorded = _recorded(sessions, pairs)
+            names = [*played, HUMAN]
         setup = Setup(
             backbone=backbone or settings.backbone,
             checkpoint=checkpoint or settings.checkpoint,
             device=device or settings.device,
             head=head or settings.head,
             data_dir=settings.data_dir,
-            strategies=tuple(names),
+            strategies=tuple(played),
             clicks=clicks,
             seeds=seeds,
             random_weights=random_weights,
             threads=1,
         )
-        same_setup_or_fail(setup, out)
-        run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=_progress())
+        same_setup_or_fail(setup, out, sessions)
+        run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=_progress(), recorded=recorded)
     except ValueError as error:
         fail(str(error))
     wanted = {(pair.dataset, pair.name) for pair in pairs}
@@ -117,7 +132,28 @@ def evaluate(
     click.echo(json.dumps(result, indent=1) if as_json else _table(result["overall"]))
 
 
-def same_setup_or_fail(setup: Setup, out: Path) -> None:
+def _recorded(path: Path, pairs: list[Pair]) -> tuple[list[Pair], Recordings]:
+    """The pairs on which annotators worked, and their sessions: all strategies are compared on the same objects."""
+    from evaluation.replay import assign, read_sessions
+
+    sessions = read_sessions(path)
+    recorded = assign(sessions, pairs)
+    if not recorded:
+        raise ValueError(
+            f"None of the {len(sessions)} sessions of {path} is on an object of --data. Image files must have the "
+            "names that they had when they were imported into Label Studio, and the clicks must be on the objects."
+        )
+    known = [pair for pair in pairs if (pair.dataset, pair.name) in recorded]
+    used = sum(map(len, recorded.values()))
+    click.echo(
+        f"{used} of {len(sessions)} sessions are on {len(known)} of {len(pairs)} objects; "
+        "only these objects are evaluated.",
+        err=True,
+    )
+    return known, recorded
+
+
+def same_setup_or_fail(setup: Setup, out: Path, sessions: Path | None = None) -> None:
     """Keep what a run was made with beside its results; refuse to mix two set-ups in one folder (ValueError)."""
     described = {
         "backbone": setup.backbone,
@@ -126,6 +162,8 @@ def same_setup_or_fail(setup: Setup, out: Path) -> None:
         "clicks": setup.clicks,
         "random_weights": setup.random_weights,
     }
+    if sessions is not None:
+        described["sessions"] = hashlib.sha256(sessions.read_bytes()).hexdigest()
     path = out / "setup.json"
     if path.is_file() and json.loads(path.read_text()) != described:
         raise ValueError(f"{out} holds results of another set-up (see {path}). Choose another --out.")
@@ -173,170 +211,3 @@ def _table(overall: dict[str, dict[str, float]]) -> str:
             f"{row['noc90']:>8.2f}{row['failures85']:>8.1f}{row['rank']:>7.2f}"
         )
     return "\n".join(lines)
-
-
-@click.group()
-def heads() -> None:
-    """List the trained heads and choose one."""
-
-
-@heads.command("list")
-@click.option("--json", "as_json", is_flag=True)
-def heads_list(as_json: bool) -> None:
-    """Heads in the data directory and the shipped one; a star marks the default."""
-    from worker.head.store import SHIPPED, chosen_head, load_head
-
-    root = Settings().data_dir
-    chosen = chosen_head(root)
-    rows = []
-    for path in [*sorted((root / "heads").glob("*/head.safetensors")), SHIPPED]:
-        if not path.is_file():
-            continue
-        try:
-            head = load_head(path)
-        except ValueError as error:
-            click.echo(str(error), err=True)
-            continue
-        name = "shipped" if path == SHIPPED else path.parent.name
-        rows.append({"name": name, "backbone": head.backbone, "id": head.id, "default": path == (chosen or SHIPPED)})
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
-    elif not rows:
-        click.echo("There is no trained head. `bald-sam train` makes one.")
-    for row in () if as_json else rows:
-        click.echo(f"{'*' if row['default'] else ' '} {row['name']:<24}{row['backbone']:<24}{row['id']}")
-
-
-@heads.command("use")
-@click.argument("name")
-def heads_use(name: str) -> None:
-    """Make the head NAME the default of this data directory; `shipped` goes back to the shipped one."""
-    from worker.head.store import load_head
-
-    root = Settings().data_dir / "heads"
-    if name == "shipped":
-        (root / "default").unlink(missing_ok=True)
-        click.echo("Using the shipped head.")
-        return
-    try:
-        head = load_head(root / name / "head.safetensors")
-    except ValueError as error:
-        fail(str(error))
-    (root / "default").write_text(name + "\n")
-    click.echo(f"Using {head.id} for {head.backbone}. Running workers take it up when they are restarted.")
-
-
-def _calibrated(head: Head, model: Backbone, apart: list[Pair], settings: Settings) -> Head:
-    """The head with what full sessions on objects kept apart decide.
-
-    Whose mask is shown (the one with the larger mean IoU), and the score under which the default strategy stops.
-    """
-    from dataclasses import replace
-
-    import pandas as pd
-    import torch
-
-    from evaluation.session import Session
-    from evaluation.stopping import choose, trades
-    from worker import acquisition
-    from worker.embeddings import encode
-    from worker.proposer import Proposer
-
-    strategy = acquisition.DEFAULT
-    played: dict[str, list[dict[str, object]]] = {"sam": [], "head": []}
-    with torch.inference_mode():
-        for pair in apart:
-            image = pair.read_image()
-            embedding = encode(model, image)
-            key = {"dataset": pair.dataset, "pair": pair.name, "seed": 0, "strategy": strategy}
-            for shows, rows in played.items():
-                proposer = Proposer(model, head="none", strategy=strategy, data_dir=settings.data_dir, stop=False)
-                proposer.head = replace(head, shows=shows)
-                session = Session(model, proposer, embedding, image, pair.read_mask(), pair.read_ignore())
-                rows += [{**key, **row} for row in session.play(strategy, 0, 15)]
-    frames = {shows: pd.DataFrame(rows) for shows, rows in played.items()}
-    ious = {shows: float(frame["iou"].mean()) for shows, frame in frames.items()}
-    shows = max(ious, key=lambda name: ious[name])
-    frame = frames[shows].assign(score=pd.to_numeric(frames[shows]["score"]))
-    chosen = choose(trades(frame, strategy))
-    click.echo(f"Mean IoU over 15 clicks: SAM's mask {ious['sam']:.4f}, the head's {ious['head']:.4f}.")
-    click.echo(
-        f"Stopping under {chosen.threshold:.4g} saves {chosen.saved:.0%} of the clicks for {chosen.lost:.4f} IoU."
-    )
-    stopping = {"objects": len(apart), "saved": chosen.saved, "lost": chosen.lost, "mean_iou": ious}
-    notes = {**head.notes, "calibration": stopping}
-    return replace(head, shows=shows, stop={strategy: chosen.threshold}, notes=notes)
-
-
-@click.command()
-@DATA
-@click.option("--name", required=True, help="Name of the head; it is kept in the data directory.")
-@BACKBONE
-@CHECKPOINT
-@DEVICE
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write to this .safetensors file instead.")
-@click.option("--objects", default=600, type=click.IntRange(1), help="At most this many objects.", show_default=True)
-@click.option("--per-image", default=2, type=click.IntRange(1), help="Objects of one image.", show_default=True)
-@click.option("--clicks", default=6, type=click.IntRange(1), help="States of each object.", show_default=True)
-@click.option("--effective", default=40.0, help="Independent pixels that one state counts as.", show_default=True)
-@click.option("--calibrate", default=60, type=click.IntRange(0), help="Objects kept apart for calibration.")
-@click.option("--seed", default=0, show_default=True)
-def train(
-    folders: tuple[Path, ...],
-    name: str,
-    backbone: str | None,
-    checkpoint: Path | None,
-    device: str | None,
-    out: Path | None,
-    objects: int,
-    per_image: int,
-    clicks: int,
-    effective: float,
-    calibrate: int,
-    seed: int,
-) -> None:
-    """Fit a head and its posterior to simulated click sessions on folders of images and masks."""
-    import torch
-
-    from evaluation.datasets import read_pairs, subset
-    from worker.backbones import build
-    from worker.head.fit import FitOptions
-    from worker.head.store import save_head
-    from worker.training import SessionOptions, train_head
-
-    settings = Settings()
-    show = _progress()
-    # A decode of a small model on the CPU is too short to share out: threads that wait cost more than they bring.
-    torch.set_num_threads(1)
-    try:
-        share = -(-objects // len(folders))
-        examples = [
-            pair for folder in folders for pair in subset(read_pairs(folder, per_image=per_image, seed=seed), share)
-        ]
-        apart = subset(examples, calibrate) if 2 * calibrate < len(examples) else []
-        images = {pair.image for pair in apart}
-        examples = [pair for pair in examples if pair.image not in images]
-        model = build(
-            backbone or settings.backbone,
-            checkpoint=checkpoint or settings.checkpoint,
-            device=device or settings.device,
-            data_dir=settings.data_dir,
-        )
-        head = train_head(
-            model,
-            examples,
-            SessionOptions(clicks=clicks, seed=seed),
-            FitOptions(effective=effective),
-            notes={"sets": sorted({pair.dataset for pair in examples})},
-            progress=lambda done: show(done, len(examples)),
-        )
-    except ValueError as error:
-        fail(str(error))
-    path = out or settings.data_dir / "heads" / name / "head.safetensors"
-    save_head(head, path)
-    if apart and calibrate:
-        head = _calibrated(head, model, apart, settings)
-        save_head(head, path)
-    click.echo(f"{path}: {head.notes['states']} states of {head.notes['objects']} objects.")
-    if out is None:
-        click.echo(f"Use it with `bald-sam heads use {name}`, or `--head {name}`.")
