@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> dict[str, Path]:
-    """Sessions of one object: with an undo, as if that had not been, with a drag, with a box; and two on another image."""
+    """Sessions of one object: with an undo, as if that had not been, with a drag, with a box; two of another image."""
     engine = make_engine(None, tmp_path / "log")
     migrate(engine)
     picture = {"image": "/data/upload/3/0123abcd-my_picture_0.png", "width": WIDTH, "height": HEIGHT}
