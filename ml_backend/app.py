@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from ml_backend import auth, labeling_config
 from ml_backend.body import read_json, without_masks
 from ml_backend.clicks import AnsweredClick, ClickLog
-from ml_backend.clicks.export import Filter, parse_day
+from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.metrics import Metrics
 from ml_backend.model import BaldSamBackend, model_version, project_id

@@ -26,7 +26,7 @@ class Day(click.ParamType[datetime]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
         """The moment. Fails as Click does."""
-        from ml_backend.clicks.export import parse_day
+        from ml_backend.clicks.filter import parse_day
 
         try:
             return parse_day(value)
@@ -61,8 +61,8 @@ def export(format_: str, out: Path, as_json: bool, with_users: bool, **options: 
     """Write every click with its proposal and outcome: docs/click-log.md explains the columns."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    from ml_backend.clicks.export import Filter
     from ml_backend.clicks.export import export as write
+    from ml_backend.clicks.filter import Filter
     from ml_backend.clicks.people import read_key
 
     settings, engine = _open(options["url"])
@@ -86,7 +86,7 @@ def report(out: Path, with_users: bool, **options: Any) -> None:
     """Write one HTML page: are proposals followed, and do they pay?"""
     from sqlalchemy.exc import SQLAlchemyError
 
-    from ml_backend.clicks.export import Filter
+    from ml_backend.clicks.filter import Filter
     from ml_backend.clicks.people import read_key
     from ml_backend.clicks.report import render
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from ml_backend.arms import Arm, Arms, parse_modes
 from ml_backend.clicks import store
 from ml_backend.clicks.events import ANNOTATION_ACTIONS, AnsweredClick, Json, answer_event, dump, webhook_event
-from ml_backend.clicks.export import Filter
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.journal import Journal, read
 from ml_backend.clicks.outcome import measure_pending
 from ml_backend.clicks.people import read_key

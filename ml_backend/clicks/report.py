@@ -21,7 +21,7 @@ from sqlalchemy.exc import NoResultFound
 from ml_backend.clicks import charts
 from ml_backend.clicks.derive import DELETED, MOVED, SUGGESTED
 from ml_backend.clicks.events import unpack_rle
-from ml_backend.clicks.export import Filter
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.people import People
 from ml_backend.clicks.rows import many_rows, parts
 from ml_backend.clicks.schema import answers, clicks, final_masks, masks, objects

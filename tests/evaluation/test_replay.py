@@ -13,7 +13,8 @@ from PIL import Image
 
 from evaluation.datasets import read_pairs
 from evaluation.replay import Recorded, ReplayError, Step, agreement, assign, file_name, read_sessions
-from ml_backend.clicks.export import Filter, export
+from ml_backend.clicks.export import export
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.schema import make_engine, migrate
 from ml_backend.evaluate_cli import evaluate
 from tests.ml_backend.clicks.conftest import answer

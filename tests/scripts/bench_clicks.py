@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ml_backend.clicks.export import Filter, export
+from ml_backend.clicks.export import export
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.report import render
 from ml_backend.clicks.schema import make_engine
 

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from ml_backend.clicks.export import COLUMNS, FORMATS, Filter, export, parse_day
+from ml_backend.clicks.export import FORMATS, export
+from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.clicks.people import read_key
+from ml_backend.clicks.table import COLUMNS
 from ml_backend.clicks_cli import FORMATS as OFFERED
 from ml_backend.clicks_cli import clicks
 from tests.ml_backend.clicks.conftest import HIDDEN, answer, disc, region, webhook

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from ml_backend.clicks import ClickLog, recorder, report
-from ml_backend.clicks.export import Filter, export
+from ml_backend.clicks.export import export
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.schema import make_engine
 from tests.ml_backend.clicks.conftest import answer, disc, region, webhook
 

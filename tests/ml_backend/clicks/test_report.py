@@ -11,7 +11,7 @@ import pytest
 
 from ml_backend.arms import HIDE, SHOW
 from ml_backend.clicks import charts, report
-from ml_backend.clicks.export import Filter
+from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.people import People
 from tests.ml_backend.clicks.conftest import HIDDEN, SHOWN, answer, disc, region, webhook
 from tests.ml_backend.clicks.test_store import write
