@@ -56,7 +56,9 @@ def fetch(ref: ImageRef, options: RuntimeOptions) -> bytes:
     if scheme == "data":
         return _inline(url, options)
     if len(url) > MAX_URL:
-        raise ImageError(f"The image URL is longer than {MAX_URL} characters.", "Check the URL in the task's data.", 400)
+        raise ImageError(
+            f"The image URL is longer than {MAX_URL} characters.", "Check the URL in the task's data.", 400
+        )
     if scheme in ("http", "https") or url.startswith(CLOUD):
         return _Download(options).get(_resolve_route(ref, url, options) if url.startswith(CLOUD) else url)
     if scheme == "file":
@@ -174,7 +176,7 @@ class _Download:
                     continue
                 location = response.headers.get("Location")
                 if response.status in (301, 302, 303, 307, 308) and location:
-                    url = urljoin(url, location)
+                    url = _joined(url, location)
                     if self.from_label_studio and "/user/login" in url:
                         raise self._unauthorized()
                     pool.clear()  # a connection kept open would skip the check of its address
@@ -311,7 +313,7 @@ def _local(name: str, options: RuntimeOptions) -> bytes:
 
 
 def _open_beneath(root: Path, real: Path) -> int:
-    """Descriptor of a file, opened folder by folder without following a link: the way to it cannot be bent meanwhile."""
+    """Descriptor of a file, opened folder by folder without following a link: nobody can bend the way meanwhile."""
     through = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
     folder = os.open(root, through)
     try:
@@ -341,6 +343,15 @@ def _parse(url: str) -> Url:
     return parsed
 
 
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise ImageError(
+            "The image URL redirects to one that cannot be read.", "Open the task's URL in a browser.", 502
+        ) from None
+
+
 def _origin(url: Url) -> Origin:
     scheme = url.scheme or "http"
     return scheme, (url.host or "").lower().strip("[]").rstrip("."), url.port or (443 if scheme == "https" else 80)
@@ -362,9 +373,10 @@ def _label_studio_url(path: str, options: RuntimeOptions) -> str:
 
 def _climbs(route: str, query: str) -> bool:
     """Whether a path or a value of its query leads up, however often it is encoded: a server in between may decode."""
-    for value in (route, *(value for values in parse_qs(query).values() for value in values)):
-        while (plain := unquote(value)) != value:
-            value = plain
+    for sent in (route, *(value for values in parse_qs(query).values() for value in values)):
+        value, plain = sent, unquote(sent)
+        while plain != value:
+            value, plain = plain, unquote(plain)
         if ".." in value.replace("\\", "/").split("/"):
             return True
     return False
