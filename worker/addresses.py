@@ -23,8 +23,8 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 #: Addresses that carry an IPv4 address in their last 32 bits: the prefixes of translators (RFC 6052, RFC 2765), and a
 #: form long gone.
 CARRIERS = tuple(ipaddress.ip_network(prefix) for prefix in ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96"))
-#: Not public, whatever the tables of this Python say: protocol assignments (metadata in some clouds), where a machine in
-#: Azure has its host, translators inside a network (RFC 8215), documentation (RFC 9637), segment routing (RFC 9602).
+#: Not public, whatever the tables of this Python say: protocol assignments (metadata in some clouds), the host of a
+#: machine in Azure, translators inside a network (RFC 8215), documentation (RFC 9637), segment routing (RFC 9602).
 INSIDE = tuple(
     ipaddress.ip_network(prefix)
     for prefix in ("192.0.0.0/24", "168.63.129.16/32", "64:ff9b:1::/48", "3fff::/20", "5f00::/16")
