@@ -21,8 +21,6 @@ from ml_backend.prelabel_results import Controls, prediction
 from worker.contract import Everything, ImageRef, PrelabelFailure, PrelabelImage, PrelabelItem, PrelabelOptions
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-#: What every model version of ours begins with.
-VERSION_PREFIX = "bald-sam-"
 
 Answer = PrelabelImage | PrelabelFailure
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import requests
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -21,14 +22,17 @@ from ml_backend.cli import fail, load_settings
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.heads_in_use import model_version
 from ml_backend.jobs import JobFailed
+from ml_backend.label_studio_api import LabelStudioError, api_from
 from ml_backend.prelabel import Answer, Batch, FolderRun, Observer, Summary, folder_config, prelabel_folder
+from ml_backend.prelabel_journal import Journal
+from ml_backend.prelabel_project import ProjectRun, journal_path, prelabel_project
 from ml_backend.prelabel_prompts import PromptFile, read_prompts
+from ml_backend.prelabel_task_prompts import AUTO, EVERYTHING, TaskPrompts, checked_source
 from ml_backend.settings import Settings
 from worker.contract import Everything, PrelabelItem, PrelabelOptions, RuntimeOptions
 
 #: Where Label Studio finds the images of its local storage; see docs/prelabel.md.
 LOCAL_FILES = "/data/local-files/?d={path}"
-EVERYTHING = "everything"
 #: Lower priority than a server on the same machine, as `nice` counts.
 NICENESS = 10
 #: Failures that are shown one by one.
@@ -57,7 +61,17 @@ class ThisProcess:
 @click.command()
 @click.option("--project", type=click.IntRange(1), help="Number of a project in your Label Studio.")
 @click.option("--images", type=click.Path(path_type=Path), help="A folder instead of a project; needs no Label Studio.")
-@click.option("--prompts", "source", required=True, help="A CSV or COCO .json file, or `everything`.")
+@click.option(
+    "--prompts",
+    "source",
+    help="A CSV or COCO .json file, or `everything`; in a project also `regions` on the tasks, `field:NAME` of their "
+    "data, or `auto`: regions, else everything.  [default: auto]",
+)
+@click.option("--view", type=click.IntRange(1), help="Only the tasks of this Data Manager tab (`tab=` in its address).")
+@click.option("--tasks", "task_ids", help="Only these tasks: 5,8,20-40.")
+@click.option("--unlabelled", "unlabelled_tasks", is_flag=True, help="Only tasks without annotations.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many tasks.")
+@click.option("--replace", is_flag=True, help="Delete the predictions of bald-sam's other versions.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The tasks to import, with --images.")
 @click.option("--label", help="Label of regions whose prompt has none.")
 @click.option("--each-point", is_flag=True, help="Every point of a CSV is an object of its own.")
@@ -81,7 +95,7 @@ class ThisProcess:
 def prelabel(
     project: int | None,
     images: Path | None,
-    source: str,
+    source: str | None,
     out: Path | None,
     label: str | None,
     each_point: bool,
@@ -96,23 +110,26 @@ def prelabel(
 
     Killed or stopped, the same command goes on where it was.
     """
-    names = ("backbone", "device", "head", "strategy", "redis_url")
-    settings = load_settings(**{name: options.pop(name) for name in names})
+    selection = {name: options.pop(name) for name in ("view", "task_ids", "unlabelled_tasks", "limit", "replace")}
+    settings = load_settings(
+        **{name: options.pop(name) for name in ("backbone", "device", "head", "strategy", "redis_url")}
+    )
     filters = {_FILTERS.get(name, name): value for name, value in options.items() if value is not None}
+    wanted = PrelabelOptions(polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy)
     if (project is None) == (images is None):
         fail("Give --project with the number of a project, or --images with a folder.")
-    wanted = PrelabelOptions(polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy)
     try:
-        prompts, fingerprint = _prompts(source, each_point, label, filters)
         if images is not None:
             if out is None:
                 fail("Give --out with the file of tasks to write, for example --out tasks.json.")
-            labels = _labels(prompts, label)
+            if given := next((name for name, value in selection.items() if value), None):
+                fail(f"--{given.replace('_ids', '').replace('_tasks', '')} is for --project.")
+            prompts, fingerprint = _prompts(source or EVERYTHING, each_point, label, filters)
             run = FolderRun(
                 folder=images,
                 out=out,
                 prompts=prompts,
-                controls=folder_config(labels, polygons=wanted.polygons),
+                controls=folder_config(_labels(prompts, label), polygons=wanted.polygons),
                 options=wanted,
                 version=model_version(settings),
                 url=image_url,
@@ -122,13 +139,70 @@ def prelabel(
             batch = _batch(settings, images)
             with watching(as_json) as observe:
                 summary = prelabel_folder(run, batch, retry_failed=retry_failed, observe=observe)
-            _report(summary, as_json, f"{out} is written.", "--retry-failed tries these again.")
-    except (BackendError, JobFailed) as error:
+            _report(summary, as_json, f"{out} is written.")
+        else:
+            assert project is not None
+            summary = _project(
+                settings,
+                project,
+                _task_prompts(source or AUTO, each_point, label, filters),
+                wanted,
+                selection,
+                retry_failed=retry_failed,
+                as_json=as_json,
+            )
+    except (BackendError, JobFailed, LabelStudioError) as error:
         fail(str(error))
+    except requests.RequestException as error:
+        fail(f"Label Studio at {settings.label_studio_url} cannot be reached ({type(error).__name__}). Does it run?")
     except KeyboardInterrupt:
         fail("Stopped. Nothing is lost: the same command goes on from here.")
     if summary.failed:
         sys.exit(1)
+
+
+def _project(
+    settings: Settings,
+    project: int,
+    prompts: TaskPrompts,
+    wanted: PrelabelOptions,
+    selection: dict[str, Any],
+    *,
+    retry_failed: bool,
+    as_json: bool,
+) -> Summary:
+    api = api_from(settings)
+    version = model_version(settings, project)
+    run = ProjectRun(
+        project=project,
+        prompts=prompts,
+        options=wanted,
+        version=version,
+        tasks=_ids(selection.pop("task_ids")),
+        **selection,
+    )
+    batch = _batch(settings)
+    journal = Journal(journal_path(settings.data_dir, project, version)).open()
+    try:
+        with watching(as_json) as observe:
+            summary = prelabel_project(api, run, batch, journal, retry_failed=retry_failed, observe=observe)
+    finally:
+        journal.close()
+    _report(summary, as_json, f"Their model version is {version}.")
+    return summary
+
+
+def _ids(text: str | None) -> frozenset[int] | None:
+    """`5,8,20-40` as numbers."""
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise RequestError(f"--tasks {text} is no list of task numbers.", "For example --tasks 5,8,20-40.")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 _FILTERS = {"grid": "points_per_side"}
@@ -145,12 +219,26 @@ def _prompts(
     path = Path(source)
     if path.suffix.lower() not in (".csv", ".json"):
         raise RequestError(
-            f"--prompts {source} is neither a .csv nor a .json file.", "Give one of these, or `everything`."
+            f"--prompts {source} is neither a .csv nor a .json file.",
+            "Give one of these, or `everything`; in a project also `regions`, `field:NAME` or `auto`.",
         )
     found = read_prompts(path, each_point=each_point)
     if label is not None:
         found.label_all(label)
     return found, hashlib.sha256(path.read_bytes() + bytes([each_point])).hexdigest() + (label or "")
+
+
+def _task_prompts(source: str, each_point: bool, label: str | None, filters: dict[str, Any]) -> TaskPrompts:
+    """Where the prompts of a project's tasks come from."""
+    try:
+        checked_source(source)
+    except ValueError:
+        found, _ = _prompts(source, each_point, label, filters)
+        assert isinstance(found, PromptFile)
+        return TaskPrompts(source, file=found, label=label)
+    if filters and source not in (EVERYTHING, AUTO):
+        raise RequestError(f"--{next(iter(filters))} is for --prompts everything.")
+    return TaskPrompts(source, everything=Everything(**filters), label=label)
 
 
 def _labels(prompts: PromptFile | Everything, label: str | None) -> list[str]:
@@ -218,7 +306,7 @@ def watching(as_json: bool) -> Iterator[Observer]:
         yield observe
 
 
-def _report(summary: Summary, as_json: bool, done: str, again: str) -> None:
+def _report(summary: Summary, as_json: bool, done: str) -> None:
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
         return
@@ -228,7 +316,7 @@ def _report(summary: Summary, as_json: bool, done: str, again: str) -> None:
     for note in summary.notes:
         console.print(f"[yellow]![/yellow] {note}")
     if summary.failed:
-        console.print(f"[red]{len(summary.failed)} failed[/red]; {again}")
+        console.print(f"[red]{len(summary.failed)} failed[/red]; --retry-failed tries these again.")
         by_reason: dict[str, list[str]] = {}
         for key, reason in summary.failed.items():
             by_reason.setdefault(reason, []).append(key)

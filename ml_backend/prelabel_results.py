@@ -12,6 +12,9 @@ from ml_backend.labeling_config import LabelingConfig
 from ml_backend.regions import RING_WIDTH, stable_id
 from worker.contract import PrelabelImage
 
+#: What every model version of ours begins with.
+VERSION_PREFIX = "bald-sam-"
+
 
 @dataclass(frozen=True)
 class Controls:

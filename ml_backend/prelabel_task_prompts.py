@@ -5,14 +5,68 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ml_backend.errors import RequestError
 from ml_backend.labeling_config import BOX_TAGS, MASK_TAGS, POINT_TAGS, LabelingConfig
-from ml_backend.prelabel_prompts import BOX_COLUMNS, ImagePrompts, box_of, objects_of
-from worker.contract import Box, Click, ObjectPrompts, Prompts
+from ml_backend.prelabel_prompts import BOX_COLUMNS, ImagePrompts, PromptFile, box_of, objects_of
+from ml_backend.prelabel_results import VERSION_PREFIX
+from ml_backend.task_image import image_of
+from worker.contract import Box, Click, Everything, ObjectPrompts, PrelabelItem, Prompts
 
+#: Where the prompts of a task may come from; `field:NAME` beside them.
+REGIONS, EVERYTHING, AUTO = "regions", "everything", "auto"
+FIELD = "field:"
 POLYGON_TAGS = frozenset({"polygon", "polygonlabels"})
+
+
+@dataclass(frozen=True)
+class TaskPrompts:
+    """Where the prompts of tasks come from: `regions` on them, `field:NAME` of their data, `everything` that is on the
+    image, `auto` (regions where there are any, else everything), or a file. `label`: for objects that have none."""
+
+    source: str
+    everything: Everything = field(default_factory=Everything)
+    file: PromptFile | None = None
+    label: str | None = None
+
+    @property
+    def needs_regions(self) -> bool:
+        """Whether tasks must be asked for with their annotations and predictions."""
+        return self.file is None and self.source in (REGIONS, AUTO)
+
+    def item(self, task: Mapping[str, Any], config: LabelingConfig, project: int) -> PrelabelItem | None:
+        """A task to pre-label, its id the key; None where there is no prompt. Raises RequestError."""
+        image = image_of(task, config, project)
+        key = str(task["id"])
+        if self.file is not None:
+            found = self.file.of(image.url, str(task.get("storage_filename") or ""))
+        elif self.source.startswith(FIELD):
+            name = self.source.removeprefix(FIELD)
+            value = (task.get("data") or {}).get(name)
+            found = from_field(value, name) if value is not None else None
+        elif self.source == EVERYTHING:
+            found = None
+        else:
+            found = from_regions(task, config)
+        if found is not None and found.objects:
+            objects = tuple(self._labelled(one) for one in found.objects)
+            return PrelabelItem(key=key, image=image, objects=objects, width=found.width, height=found.height)
+        if self.source in (EVERYTHING, AUTO) and self.file is None:
+            everything = self.everything.model_copy(update={"label": self.label})
+            return PrelabelItem(key=key, image=image, everything=everything)
+        return None
+
+    def _labelled(self, one: ObjectPrompts) -> ObjectPrompts:
+        return one if one.label is not None else one.model_copy(update={"label": self.label})
+
+
+def checked_source(source: str) -> str:
+    """`source` if it is one. Raises ValueError."""
+    if source in (REGIONS, EVERYTHING, AUTO) or (source.startswith(FIELD) and source != FIELD):
+        return source
+    raise ValueError(f"{source} is none of {REGIONS}, {EVERYTHING}, {AUTO} and {FIELD}NAME")
 
 
 def from_field(value: Any, name: str) -> ImagePrompts:
@@ -59,13 +113,13 @@ def _entry(one: Any, number: int, where: str) -> tuple[str | None, Any, list[Cli
     return label, which, [click], []
 
 
-def from_regions(task: Mapping[str, Any], config: LabelingConfig, *, skip_versions: frozenset[str]) -> ImagePrompts:
+def from_regions(task: Mapping[str, Any], config: LabelingConfig) -> ImagePrompts:
     """Prompts from what is on a task already: its annotations, else its drafts, else predictions of other models.
 
     Rectangles and polygons are boxes, keypoints a click each, brushes rough masks. The proposal's control is left out,
-    and so are predictions of `skip_versions`, which are our own. The label is the region's where the mask has it.
+    and so are predictions of our own. The label is the region's where the mask has it.
     """
-    for results in _layers(task, skip_versions):
+    for results in _layers(task):
         found = [one for region in results if (one := _from_region(region, config)) is not None]
         if found:
             (width, height) = found[0][1]
@@ -73,7 +127,7 @@ def from_regions(task: Mapping[str, Any], config: LabelingConfig, *, skip_versio
     return ImagePrompts()
 
 
-def _layers(task: Mapping[str, Any], skip_versions: frozenset[str]) -> Iterable[list[Any]]:
+def _layers(task: Mapping[str, Any]) -> Iterable[list[Any]]:
     for kind in ("annotations", "drafts"):
         yield [
             region
@@ -84,7 +138,7 @@ def _layers(task: Mapping[str, Any], skip_versions: frozenset[str]) -> Iterable[
     predictions = [one for one in task.get("predictions") or [] if isinstance(one, dict)]
     by_version: dict[Any, list[Any]] = {}
     for prediction in sorted(predictions, key=lambda one: one.get("id") or 0):
-        if prediction.get("model_version") not in skip_versions:
+        if not str(prediction.get("model_version") or "").startswith(VERSION_PREFIX):
             by_version[prediction.get("model_version")] = prediction.get("result") or []
     yield from reversed(by_version.values())
 
