@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ml_backend.arms import HIDE, SHOW
-from ml_backend.clicks import charts, report
+from ml_backend.clicks import arrays, charts, report, summary
 from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.people import People
 from tests.ml_backend.clicks.conftest import HIDDEN, SHOWN, answer, disc, region, webhook
@@ -42,7 +42,7 @@ def filled(engine):
 
 def test_numbers_against_slow_ones(filled, table):
     with filled.connect() as connection:
-        page = report.summarise(report.read(connection, Filter(), People(connection, b"key")))
+        page = summary.summarise(arrays.read(connection, Filter(), People(connection, b"key")))
     clicks, objects = table("clicks"), {row["id"]: row for row in table("objects")}
     shown = [row for row in clicks if row["proposal_shown"]]
     assert page["following"]["shown"] == {
@@ -73,11 +73,11 @@ def test_numbers_against_slow_ones(filled, table):
 def test_what_was_randomised_is_what_is_compared():
     names = {"arm_unit": (np.array([0, 0, 0, 1, 1]), ["task", "object"]), "user": (np.zeros(5, int), ["x"])}
     o = {"id": np.arange(5.0), "project": np.ones(5), "task": np.array([1.0, 1, 2, 2, 2])}
-    log = report.Log(o=o, c={}, flag={}, number=np.zeros(0), at=np.zeros(0), names=names, ignored={})
-    units = report._units(log)
+    log = arrays.Log(o=o, c={}, flag={}, number=np.zeros(0), at=np.zeros(0), names=names, ignored={})
+    units = summary._units(log)
     assert [units[0] == units[1], len(set(units.tolist()))] == [True, 4]
     values = np.array([1.0, 3.0, 5.0, np.nan, 7.0])
-    assert sorted(report._unit_means(values, units, np.ones(5, bool))) == [2.0, 5.0, 7.0]
+    assert sorted(summary._unit_means(values, units, np.ones(5, bool))) == [2.0, 5.0, 7.0]
 
 
 def test_weeks_begin_on_monday(engine):
@@ -85,7 +85,7 @@ def test_weeks_begin_on_monday(engine):
         engine, answer([("a", 1.0, 1.0)], received=1_795_391_999.0), answer([("b", 1.0, 1.0)], received=1_795_392_000.0)
     )
     with engine.connect() as connection:
-        log = report.read(connection, Filter(), People(connection, None))
+        log = arrays.read(connection, Filter(), People(connection, None))
     assert log.names["week"][1] == ["2026-11-16", "2026-11-23"]
 
 
