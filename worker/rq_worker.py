@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import SimpleWorker
 from rq.exceptions import DequeueTimeout, StopRequested
+from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
@@ -140,9 +141,20 @@ class Heartbeat:
                 os._exit(HUNG_STATUS)
 
 
+class ModelJob(Job):
+    """An RQ job without what else Redis may name in one: functions to call when it ends or is found lost by whoever
+    cleans up, and addresses to post to. Ours have neither."""
+
+    success_callback = failure_callback = stopped_callback = None
+
+    def send_webhooks(self, *_: Any, **__: Any) -> None:
+        """Nothing is sent."""
+
+
 class ModelWorker(SimpleWorker):
     """RQ worker in one process, which runs nothing but functions of the allow-list and says what it carries."""
 
+    job_class = ModelJob
     log_result_lifespan = False
 
     def __init__(self, *args: Any, functions: Iterable[str], heartbeat: Heartbeat, **kwargs: Any) -> None:
@@ -210,9 +222,6 @@ class ModelWorker(SimpleWorker):
 
     def perform_job(self, job: Any, queue: Any, execution: Any) -> bool:
         """Run the job, if it is one of ours. Nothing that it names is imported before that is known."""
-        # Redis may name functions to call afterwards and addresses to post to as well; our jobs have neither.
-        job._success_callback_name = job._failure_callback_name = job._stopped_callback_name = None
-        job.webhooks = []
         reason = self._refusal(job)
         if reason is None:
             with letting_through(self._do_what_is_urgent) if job.origin in LONG else nullcontext():
