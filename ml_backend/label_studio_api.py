@@ -79,20 +79,27 @@ class LabelStudioApi:
         regions: bool = True,
         view: int | None = None,
         filters: Sequence[Mapping[str, Any]] = (),
+        ordering: str | None = None,
         limit: int | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Tasks of a project in the order of their ids, or of a Data Manager tab (`view`, its filters included).
 
         `regions`: with annotations, drafts and predictions, else without, which is much less to send. `filters`: Data
-        Manager filters that must all hold, see `where`. Pages are fetched as they are needed.
+        Manager filters that must all hold, see `where`; `ordering`: one of its columns, `-` before it to reverse. Pages
+        are fetched as they are needed.
         """
         params: dict[str, Any] = {"project": project, "page_size": min(PAGE, limit or PAGE)}
         if view is not None:
             params["view"] = view
         if regions:
             params["fields"] = "all"
+        query: dict[str, Any] = {}
         if filters:
-            params["query"] = json.dumps({"filters": {"conjunction": "and", "items": list(filters)}})
+            query["filters"] = {"conjunction": "and", "items": list(filters)}
+        if ordering:
+            query["ordering"] = [ordering]
+        if query:
+            params["query"] = json.dumps(query)
         page, seen, total = 1, 0, None
         while (total is None or seen < total) and (limit is None or seen < limit):
             body = self.call("GET", "/api/tasks", params=params | {"page": page})

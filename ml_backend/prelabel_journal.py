@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +78,7 @@ class Journal:
             self._file = None
 
     def _read(self) -> None:
+        """Take over what the file holds."""
         for line in _lines(self.path):
             if "run" in line:
                 self.header, self.done, self.failed = line["run"], {}, {}
@@ -93,6 +95,14 @@ class Journal:
         self._file.write("\n" + json.dumps(line))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def read_journal(path: Path) -> Journal:
+    """What a journal holds now, without taking it; empty if the file is gone."""
+    journal = Journal(path)
+    with suppress(FileNotFoundError):
+        journal._read()
+    return journal
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,8 @@ class ProjectRun:
     def selection(self) -> dict[str, Any]:
         """Arguments of `LabelStudioApi.tasks`."""
         filters = [where("total_annotations", "equal", 0)] if self.unlabelled_tasks else []
+        if self.tasks:
+            filters.append(where("id", "in", {"min": min(self.tasks), "max": max(self.tasks)}))
         return {"view": self.view, "filters": filters, "limit": self.limit if self.tasks is None else None}
 
 
