@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine
 
+from ml_backend.app import create_app
 from ml_backend.arms import Arm
 from ml_backend.clicks import AnsweredClick, LoggedPrompt
 from ml_backend.clicks.schema import make_engine, migrate
+from ml_backend.settings import Settings
 from worker import brush_rle
 
 WIDTH, HEIGHT = 120, 80
@@ -135,3 +137,23 @@ def table(engine: Engine) -> Callable[[str], list[dict[str, Any]]]:
             return [dict(row) for row in rows]
 
     return read
+
+
+@pytest.fixture
+def served(data_dir: Path, runner: Any) -> Iterator[Callable[..., Any]]:
+    """Makes an app with settings; its click log is closed in the end."""
+    settings = Settings(_env_file=None, data_dir=data_dir)
+    made = []
+
+    def make(**changes: Any):
+        made.append(create_app(settings.model_copy(update=changes), runner))
+        client = made[-1].test_client()
+        # A server closes each response when it has sent it; the test client reads it and then closes it.
+        post = client.post
+        client.post = lambda *args, **kwargs: post(*args, buffered=True, **kwargs)
+        return client, made[-1].extensions["bald_sam_clicks"]
+
+    yield make
+    for app in made:
+        if app.extensions["bald_sam_clicks"] is not None:
+            app.extensions["bald_sam_clicks"].close()

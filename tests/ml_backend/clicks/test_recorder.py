@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import create_engine, event
 
 from ml_backend.clicks import ClickLog, recorder
 from ml_backend.clicks.events import answer_event, dump
 from ml_backend.clicks.journal import Journal, read
 from tests.ml_backend.clicks.conftest import answer, disc, region, webhook
-
-ROOT = Path(__file__).parents[3]
+from tests.ml_backend.clicks.served import Server, Traffic
 
 
 def events(data_dir: Path) -> set[str]:
     """Events of the answers in the database."""
     with sqlite3.connect(data_dir / "clicks.sqlite") as connection:
         return {row[0] for row in connection.execute("SELECT event FROM answers")}
+
+
+def sessions(data_dir: Path) -> set[str]:
+    """Sessions of the objects in the database that have a click."""
+    with sqlite3.connect(data_dir / "clicks.sqlite") as connection:
+        query = "SELECT session FROM objects WHERE id IN (SELECT object FROM clicks)"
+        return {row[0] for row in connection.execute(query)}
 
 
 @pytest.fixture
@@ -67,32 +68,31 @@ def test_an_answer_waits_for_nothing(log):
     assert statistics.median(spent) < 0.001
 
 
-def test_database_away_loses_nothing_and_fails_no_answer(data_dir, monkeypatch):
+def test_a_locked_database_loses_nothing_and_fails_no_answer(data_dir, capture, served, monkeypatch):
+    """Somebody opens the file with another program and keeps it locked."""
     monkeypatch.setattr(recorder, "RETRY_S", (0.05, 0.2))
-    log = ClickLog(data_dir=data_dir)
-    before = answer([("before", 1.0, 1.0)])
-    log.answered(before)
+    client, log = served()
+    event.listen(log.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=100"))
+    body = capture("predict_interactive_plain_keypoint_3_prompts")
+
+    def click(name: str) -> str:
+        body["params"]["context"]["result"][0]["id"] = name
+        assert client.post("/predict", json=body).status_code == 200
+        return f"11:25:{name}"
+
+    before = click("before")
     assert log.flush()
-    real, away = recorder.store.apply, threading.Event()
-    away.set()
-
-    def apply(engine, found):
-        if away.is_set():
-            raise OperationalError("BEGIN", {}, Exception("server closed the connection"))
-        real(engine, found)
-
-    monkeypatch.setattr(recorder.store, "apply", apply)
-    during = [answer([(f"p{number}", 1.0, 1.0)]) for number in range(50)]
-    for click in during:
-        log.answered(click)
+    other = sqlite3.connect(data_dir / "clicks.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    during = {click(f"p{number}") for number in range(50)}
     assert not log.flush(1.0)
     assert log.counts.database_up is False
-    assert events(data_dir) == {before.event}
-    away.clear()
+    assert sessions(data_dir) == {before}
+    other.execute("ROLLBACK")
+    other.close()
     assert log.flush()
-    assert events(data_dir) == {before.event, *(click.event for click in during)}
-    assert log.counts.database_up is True
-    log.close()
+    assert sessions(data_dir) == {before, *during}
+    assert (log.counts.database_up, log.counts.dropped) == (True, 0)
 
 
 def test_clicks_outlive_a_process_that_never_reached_the_database(data_dir, monkeypatch):
@@ -109,31 +109,18 @@ def test_clicks_outlive_a_process_that_never_reached_the_database(data_dir, monk
     later.close()
 
 
-@pytest.mark.parametrize("url", [[], ["sqlite:////no/such/folder/clicks.sqlite"]], ids=["sqlite", "database away"])
-def test_kill_9_keeps_what_was_answered_a_second_ago(data_dir, url):
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("killed.py")), str(data_dir), *url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-    )
-    assert process.stdout is not None
-    answered = [process.stdout.readline().split()]
-    start = time.time()
-    while time.time() - start < 2.5:
-        answered.append(process.stdout.readline().split())
-    process.kill()
-    killed = time.time()
-    answered += [line.split() for line in process.stdout]
-    process.stdout.close()
-    process.wait()
+@pytest.mark.parametrize("url", [None, "sqlite:////no/such/folder/clicks.sqlite"], ids=["sqlite", "database away"])
+def test_kill_9_keeps_what_was_answered_a_second_ago(data_dir, capture, url):
+    server = Server(data_dir, url)
+    with Traffic(server.url, capture("predict_interactive_plain_keypoint_3_prompts")) as traffic:
+        time.sleep(2.5)
+        killed = server.kill()
     log = ClickLog(data_dir=data_dir)
     assert log.flush()
     log.close()
-    old = {event for event, moment in answered if float(moment) < killed - 1.0}
-    assert len(old) > 20
-    assert old <= events(data_dir)
+    old = {session for session, moment in traffic.answered if moment < killed - 1.0}
+    assert len(old) > 5
+    assert old <= sessions(data_dir)
 
 
 def test_several_processes_write_one_object(data_dir):

@@ -9,30 +9,10 @@ from typing import Any
 
 import pytest
 
-from ml_backend.app import create_app
 from ml_backend.jobs import JobFailed
 from tests.ml_backend.clicks.conftest import webhook
 
 THREE = "predict_interactive_plain_keypoint_3_prompts"
-
-
-@pytest.fixture
-def served(settings, runner):
-    """Makes an app with settings; its click log is closed in the end."""
-    made = []
-
-    def make(**changes: Any):
-        made.append(create_app(settings.model_copy(update=changes), runner))
-        client = made[-1].test_client()
-        # A server closes each response when it has sent it; the test client reads it and then closes it.
-        post = client.post
-        client.post = lambda *args, **kwargs: post(*args, buffered=True, **kwargs)
-        return client, made[-1].extensions["bald_sam_clicks"]
-
-    yield make
-    for app in made:
-        if app.extensions["bald_sam_clicks"] is not None:
-            app.extensions["bald_sam_clicks"].close()
 
 
 def rows(log, name: str) -> list[dict[str, Any]]:
