@@ -74,7 +74,7 @@ EMBED_TIMEOUT_S = 600
 class _View(NamedTuple):
     """What Redis knows of a job: still `queued`, `carried` by a living worker, and is any worker `alive` to take it.
 
-    `reason`: why a worker that lives cannot take it.
+    `alive`: and ready. `reason`: why one that lives is not.
     """
 
     queued: bool
@@ -199,7 +199,7 @@ class RqRunner:
         """Why no worker is there. Raises RedisError if Redis takes nothing: then none can say that it lives."""
         self._redis.set(PROBE_KEY, 1, ex=1)
         if reason is not None:
-            return JobFailed(f"No worker can answer: {reason}", "The workers try again by themselves.", 503, 5)
+            return JobFailed(f"No worker can answer yet: {reason}", "Click again in a moment.", 503, 5)
         return JobFailed("No worker is running.", "Start one with `bald-sam worker`.", 503, 5)
 
     def _enqueue(
@@ -279,8 +279,9 @@ class RqRunner:
         queued = self._redis.lpos(self._queues[Queue.INTERACTIVE].key, job_id) is not None
         workers = [worker for worker in self._workers().values() if Queue.INTERACTIVE in worker.get("queues", ())]
         carried = any(worker.get("job") == job_id for worker in workers)
-        alive = any(worker.get("state") != "failed" for worker in workers)
-        return _View(queued, carried, alive, next((why for worker in workers if (why := worker.get("reason"))), None))
+        alive = any(worker.get("state") == "ready" for worker in workers)
+        loading = "the model is still being loaded." if any(w.get("state") == "starting" for w in workers) else None
+        return _View(queued, carried, alive, next((why for w in workers if (why := w.get("reason"))), loading))
 
     def _workers(self) -> dict[str, dict[str, Any]]:
         """Living workers by name, each with `queues`, `state`, `job`, `age_s`."""

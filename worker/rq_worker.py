@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 #: A sign of life every BEAT_S; without one the worker counts as dead after ALIVE_MS.
 BEAT_S = 0.3
-ALIVE_MS = 1000
+ALIVE_MS = 1200
 #: RQ's own bookkeeping, seconds: how long its record of a worker lives, and how often it looks for lost jobs.
 WORKER_TTL_S = 30
 MAINTENANCE_S = 30
@@ -77,6 +77,7 @@ class Heartbeat:
 
     def ready(self) -> None:
         self._state, self._reason = "ready", None
+        self._beat()
 
     def failed(self, reason: str) -> None:
         """The worker lives and takes no jobs, and this sentence says why."""

@@ -102,6 +102,11 @@ class Runtime:
             self._proposers[head, stamp] = made
         return made
 
+    @cached_property
+    def on_processor(self) -> Runtime:
+        """The same model on the processor, for work that the device has no memory for. Loaded at first use, kept."""
+        return Runtime(self.options.model_copy(update={"device": "cpu"}))
+
     def free_memory(self) -> None:
         """Give back what can be computed again; for when the device runs out of memory."""
         self.embeddings.clear_memory()

@@ -87,14 +87,20 @@ def answer(kind: type[J], job: dict[str, Any], do: Callable[[J, Runtime], Messag
 
 
 def _with_memory(do: Callable[[J, Runtime], Message], job: J, current: Runtime) -> Message:
-    """Run a job; when the device is out of memory, free the caches and try once more."""
+    """Run a job; when the device is out of memory, free the caches and try once more, and then on the processor."""
     try:
         return do(job, current)
     except torch.OutOfMemoryError:
         log.warning("The device ran out of memory; trying once more with empty caches.")
     gc.collect()
     current.free_memory()
-    return do(job, current)
+    try:
+        return do(job, current)
+    except torch.OutOfMemoryError:
+        if current.backbone.device.type == "cpu":
+            raise
+        log.warning("The device is still out of memory; this job runs on the processor, which is slow.")
+    return do(job, current.on_processor)
 
 
 def failure(error: Exception) -> Failure:

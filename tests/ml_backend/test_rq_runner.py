@@ -240,7 +240,9 @@ def test_a_job_that_hangs_ends_its_worker(runner: RqRunner, workers: Workers) ->
     assert refusal(lambda: runner.segment(click("hang"), deadline_s=1)).status == 504
     assert process.wait(20) == 70
     assert "hangs since" in workers.logs()
+    until(lambda: not runner.status()["workers"])
     workers.start()
+    ready(runner, 1)
     assert runner.segment(click("next"), deadline_s=20).area == 7
 
 

@@ -154,6 +154,24 @@ def test_out_of_memory_frees_the_caches_and_tries_once_more(picture: str, monkey
     assert len(calls) == 2
 
 
+def test_a_device_that_stays_out_of_memory_leaves_the_job_to_the_processor(
+    picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, current = tasks.segment(_job(picture, *CLICKS)), runtime.runtime()
+    real, emptied = tasks._segment, []
+    monkeypatch.setattr(current.backbone, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+
+    def scarce(job: Any, used: Any) -> Any:
+        if used is current:
+            raise torch.OutOfMemoryError
+        return real(job, used)
+
+    monkeypatch.setattr(tasks, "_segment", scarce)
+    assert tasks.segment(_job(picture, *CLICKS))["rle"] == expected["rle"]
+    assert emptied
+
+
 def test_embed_encodes_ahead(picture: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "no.png")
     result = tasks.embed({"images": [{"url": picture}, {"url": missing}]})
