@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import NoResultFound
 
@@ -14,12 +16,18 @@ from ml_backend.clicks.schema import answers, clicks, final_masks, masks, object
 from ml_backend.clicks.store import fetch
 from worker import brush_rle
 
+Mask = NDArray[np.bool_]
+
 #: Of each kind.
 CASES = 6
 
 
 def find_cases(connection: Connection, chosen: Filter) -> list[dict[str, Any]]:
-    """Clicks made elsewhere than at a shown proposal that changed most: `best` gained, `worst` lost."""
+    """Clicks made elsewhere than at a shown proposal that changed most.
+
+    Each with its `kind` (`gained` or `lost`), `view`: the (x, y, width, height) to look at, and the `picture` of it, all
+    in pixels of the image.
+    """
     found: list[dict[str, Any]] = []
     of_click = (
         "object",
@@ -43,15 +51,19 @@ def find_cases(connection: Connection, chosen: Filter) -> list[dict[str, Any]]:
             query = query.join(objects, objects.c.id == clicks.c.object).where(*conditions)
         for click in fetch(connection, query.order_by(order).limit(CASES)):
             mine = objects.c.id == click["object"]
-            thing = fetch(connection, select(*(objects.c[name] for name in of_object)).where(mine))[0]
-            found_case = {**click, **thing}
-            picture = _picture(connection, found_case)
-            if picture is not None:
-                found.append({"kind": kind, "picture": picture, **found_case})
+            case = click | fetch(connection, select(*(objects.c[name] for name in of_object)).where(mine))[0]
+            found_masks = _masks(connection, case)
+            if found_masks is not None:
+                view = x, y, width, height = _view(found_masks[0] | found_masks[1], case)
+                left, top = max(0, int(x)), max(0, int(y))
+                before, final = (mask[top : int(y + height) + 1, left : int(x + width) + 1] for mask in found_masks)
+                picture = {"href": charts.silhouettes(before, final), "x": left, "y": top}
+                picture |= {"width": before.shape[1], "height": before.shape[0]}
+                found.append({"kind": kind, "picture": picture, "view": view, **case})
     return found
 
 
-def _picture(connection: Connection, case: dict[str, Any]) -> str | None:
+def _masks(connection: Connection, case: dict[str, Any]) -> tuple[Mask, Mask] | None:
     """The mask before a click and the submitted one; None where one of them cannot be had."""
     final_query = select(final_masks.c.rle).where(final_masks.c.object == case["object"])
     before_query = (
@@ -69,4 +81,14 @@ def _picture(connection: Connection, case: dict[str, Any]) -> str | None:
         )
     except (ValueError, NoResultFound):
         return None
-    return charts.silhouettes(before, final)
+    return before, final
+
+
+def _view(either: Mask, case: dict[str, Any]) -> tuple[float, float, float, float]:
+    """The part of the image, 4 : 3, that shows both masks, the click and the proposal, with some air."""
+    rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
+    xs = [case["x"], case["proposal_x"], *columns[[0, -1]].tolist()] if columns.size else [0.0, case["width"]]
+    ys = [case["y"], case["proposal_y"], *rows[[0, -1]].tolist()] if rows.size else [0.0, case["height"]]
+    width = max(1.3 * (max(xs) - min(xs)), 1.3 * (max(ys) - min(ys)) * 4 / 3, 48.0)
+    height = width * 3 / 4
+    return (max(xs) + min(xs) - width) / 2, (max(ys) + min(ys) - height) / 2, width, height

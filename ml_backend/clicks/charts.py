@@ -63,7 +63,7 @@ def interval_plot(series: Sequence[Series], *, x_label: str, y_label: str, width
     return "".join(parts)
 
 
-def difference_plot(rows: Sequence[tuple[str, float, float, float]], width: int = 560) -> str:
+def difference_plot(rows: Sequence[tuple[str, float, float, float]], width: int = 1080) -> str:
     """Relative differences with intervals, percent: (name, mean, low, high); a line marks zero."""
     if not rows:
         return ""
@@ -79,7 +79,9 @@ def difference_plot(rows: Sequence[tuple[str, float, float, float]], width: int 
     for tick in ticks:
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="8" y2="{height - 34}"/>')
-        parts.append(f'<text class="tick" x="{px(tick):.1f}" y="{height - 18}" text-anchor="middle">{tick:+g} %</text>')
+        parts.append(
+            f'<text class="tick" x="{px(tick):.1f}" y="{height - 18}" text-anchor="middle">{_signed(tick)} %</text>'
+        )
     for index, (name, mean, low, high) in enumerate(rows):
         y = 25 + 34 * index
         sure = "good" if high < 0 else "bad" if low > 0 else "unsure"
@@ -94,12 +96,17 @@ def difference_plot(rows: Sequence[tuple[str, float, float, float]], width: int 
 
 
 def heat_map(counts: NDArray[np.int64], tone: tuple[int, int, int]) -> str:
-    """Data address of a PNG: counts (rows, columns) over the image frame, from transparent to `tone` (RGB)."""
-    share = np.sqrt(counts / max(1, int(counts.max())))
-    pixels = np.empty((*counts.shape, 4), np.uint8)
+    """Data address of a PNG: counts (rows, columns) over the image frame, smoothed; transparent to `tone` (RGB)."""
+    cell = 8
+    heat = np.kron(counts.astype(np.float64), np.ones((cell, cell)))
+    reach = np.arange(-2 * cell, 2 * cell + 1)
+    kernel = np.exp(-0.5 * (reach / (0.75 * cell)) ** 2)
+    for axis in (0, 1):
+        heat = np.apply_along_axis(np.convolve, axis, heat, kernel, mode="same")
+    pixels = np.empty((*heat.shape, 4), np.uint8)
     pixels[..., :3] = tone
-    pixels[..., 3] = np.round(share * 255)
-    return png(np.kron(pixels, np.ones((8, 8, 1), np.uint8)))
+    pixels[..., 3] = np.round(np.sqrt(heat / max(1e-9, float(heat.max()))) * 235)
+    return png(pixels)
 
 
 def silhouettes(before: NDArray[np.bool_], final: NDArray[np.bool_], longest: int = 240) -> str:
@@ -135,6 +142,10 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     step = float(next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999))
     first, last = int(np.floor(low / step + 1e-9)), int(np.ceil(high / step - 1e-9))
     return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _short(value: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from ml_backend.arms import Arm
+from ml_backend.clicks.clock import now
 
 Json = dict[str, Any]
 
@@ -116,7 +116,7 @@ def webhook_event(body: Mapping[str, Any]) -> Json | None:
     action = body.get("action")
     if action not in ANNOTATION_ACTIONS:
         return None
-    base = {"kind": "annotation", "event": uuid4().hex, "action": action, "received": time.time()}
+    base = {"kind": "annotation", "event": uuid4().hex, "action": action, "received": now()}
     if action == "ANNOTATIONS_DELETED":
         return base | {"deleted": [int(item["id"]) for item in body.get("annotations") or []]}
     annotation = body["annotation"]

@@ -116,13 +116,28 @@ def _arms(log: Log, submitted: Flags) -> dict[str, Any] | None:
         if second.mean > 0 and not np.isnan(half):
             percent = 100 / second.mean
             differences.append((title, gap * percent, (gap - half) * percent, (gap + half) * percent))
+    reached = (~np.isnan(log.o["clicks_90"])).astype(np.float64)
     return {
+        "reached": [100 * Mean.of(_unit_means(reached, units, arm)).mean for arm in (show, hide)],
+        "verdicts": [_verdict(*difference) for difference in differences[:2]],
         "rows": rows,
         "chart": charts.difference_plot(differences),
         "show": int(show.sum()),
         "hide": int(hide.sum()),
         "units": sorted({log.names["arm_unit"][1][code] for code in np.unique(log.names["arm_unit"][0][mixed])}),
     }
+
+
+def _verdict(title: str, mean: float, low: float, high: float) -> tuple[str, str]:
+    """(tone, sentence) of one difference between the arms, percent with its interval."""
+    if low <= 0 <= high:
+        return "unsure", f"{title}: no clear difference ({low:+.0f} to {high:+.0f}\u202f%).".replace(
+            "-", "\N{MINUS SIGN}"
+        )
+    # The bound that is nearer to no difference comes first.
+    near, far = sorted((abs(low), abs(high)))
+    tone, what = ("good", "fewer") if mean < 0 else ("bad", "more")
+    return tone, f"{title}: {abs(mean):.0f}\u202f% {what} with proposals ({near:.0f} to {far:.0f}\u202f%)."
 
 
 def _units(log: Log) -> Codes:

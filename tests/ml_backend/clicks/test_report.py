@@ -80,6 +80,18 @@ def test_what_was_randomised_is_what_is_compared():
     assert sorted(summary._unit_means(values, units, np.ones(5, bool))) == [2.0, 5.0, 7.0]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-20.0, -4.0, ("good", "Clicks: 12\u202f% fewer with proposals (4 to 20\u202f%).")),
+        (4.0, 20.0, ("bad", "Clicks: 12\u202f% more with proposals (4 to 20\u202f%).")),
+        (-4.0, 28.0, ("unsure", "Clicks: no clear difference (−4 to +28\u202f%).")),
+    ],
+)
+def test_the_verdict_names_what_the_interval_allows(low, high, said):
+    assert summary._verdict("Clicks", (low + high) / 2, low, high) == said
+
+
 def test_weeks_begin_on_monday(engine):
     write(
         engine, answer([("a", 1.0, 1.0)], received=1_795_391_999.0), answer([("b", 1.0, 1.0)], received=1_795_392_000.0)
