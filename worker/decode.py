@@ -63,6 +63,7 @@ class Decoded:
 
     logits: (h, w), the chosen mask; upscaled: (C, h, w) and hyper: (C,), whose inner product the logits are;
     candidates: (K, h, w) and candidate_iou: (K,), the multimask hypotheses, whichever mask was chosen.
+    colours: (3, h, w), the image itself, RGB in [0, 1].
     """
 
     logits: Tensor
@@ -71,6 +72,7 @@ class Decoded:
     hyper: Tensor
     candidates: Tensor
     candidate_iou: Tensor
+    colours: Tensor
     frame: Frame
 
 
@@ -106,6 +108,7 @@ def decode_batch(
 
     first = len(batch[0].clicks) == 1 and boxes is None and masks is None
     chosen = iou[:, 1:].argmax(dim=1) + 1 if first else torch.zeros(len(batch), dtype=torch.long, device=iou.device)
+    colours = embedding.colours.to(backbone.device, torch.float32) / 255.0
     frame = Frame(embedding.original_size, embedding.input_size, _size(candidates), backbone.image_size)
     return [
         Decoded(
@@ -115,6 +118,7 @@ def decode_batch(
             hyper=hyper[i, k],
             candidates=candidates[i, 1:],
             candidate_iou=iou[i, 1:],
+            colours=colours,
             frame=frame,
         )
         for i, k in enumerate(chosen.tolist())

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
+from torch.nn import functional as F
 
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
+from worker.embedding_folder import EmbeddingFolder
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +42,22 @@ CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True)
 class Embedding:
-    """features: (1, C, h, w) float32 on the backbone's device; sizes are (height, width), as in `SamPredictor`."""
+    """features: (1, C, h, w) float32; colours: (3, 4h, 4w) uint8 RGB, the padded input at the size of the mask logits;
+    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`."""
 
     features: Tensor
+    colours: Tensor
     original_size: tuple[int, int]
     input_size: tuple[int, int]
 
     @property
     def size(self) -> int:
-        """Bytes of the features."""
-        return self.features.numel() * self.features.element_size()
+        """Bytes of the tensors."""
+        return self.features.numel() * self.features.element_size() + self.colours.numel()
+
+    def to(self, device: torch.device) -> Embedding:
+        """The same on another device."""
+        return replace(self, features=self.features.to(device), colours=self.colours.to(device))
 
 
 def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
@@ -72,17 +80,26 @@ def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
     features = features.float().clone(memory_format=torch.contiguous_format)
     height, width = resized.shape[:2]
-    return Embedding(features, original_size, (height, width))
+    return Embedding(features, _colours(pixels, backbone.image_size, features), original_size, (height, width))
+
+
+def _colours(pixels: Tensor, side: int, features: Tensor) -> Tensor:
+    """(1, 3, h, w) uint8, padded to `side` and averaged to four times the resolution of `features`."""
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels[0].float(), (0, side - width, 0, side - height))
+    return F.adaptive_avg_pool2d(padded, (4 * features.shape[-2], 4 * features.shape[-1])).round().to(torch.uint8)
 
 
 class EmbeddingCache:
     """Embeddings by content: key = SHA-256 of the image's bytes + ":" + backbone id.
 
-    Memory is bounded in bytes; Redis (optional, shared by all workers) by time. What is broken or gone is computed
-    again, and a Redis that does not answer only costs time. One image is encoded once, however many ask for it.
+    Memory is bounded in bytes; Redis (optional, shared by all workers) by time; a folder (optional) in bytes. What is
+    broken or gone is computed again, and a Redis that does not answer only costs time. One image is encoded once,
+    however many ask for it.
     """
 
-    def __init__(self, max_bytes: int, redis: Redis | None = None) -> None:
+    def __init__(self, max_bytes: int, redis: Redis | None = None, folder: EmbeddingFolder | None = None) -> None:
+        self._folder = folder
         self._memory: ByteLRU[str, Embedding] = ByteLRU(max_bytes)
         self._urls: ByteLRU[str, tuple[str, float]] = ByteLRU(1 << 20)
         self._redis = redis
@@ -98,6 +115,10 @@ class EmbeddingCache:
     def size(self) -> int:
         """Bytes held in this process's memory."""
         return self._memory.size
+
+    def usage(self) -> dict[str, int]:
+        """How full this process's memory is, see `ByteLRU.usage`."""
+        return self._memory.usage()
 
     def clear_memory(self) -> None:
         """Forget what this process holds; Redis keeps its own."""
@@ -119,29 +140,43 @@ class EmbeddingCache:
         self._to_redis(_url_name(name), key.encode(), URL_TTL_S)
 
     def get(self, key: str, device: torch.device, *, remember: bool = True) -> Embedding | None:
-        """The embedding from memory or Redis, or None. Without `remember` one from Redis does not enter the memory."""
+        """The embedding from memory, Redis or the folder, or None. What is read enters the memory if to `remember`."""
         embedding = self._memory.get(key)
         if embedding is not None:
             return embedding
-        data = self._from_redis(PREFIX + "embedding:" + key)
-        if data is None:
+        found = self._read(key, self._from_redis(PREFIX + "embedding:" + key), "Redis", self._drop_embedding)
+        if found is None and self._folder is not None:
+            found = self._read(key, self._folder.get(key), "the folder", self._folder.drop)
+        if found is None:
             return None
-        try:
-            embedding = from_bytes(data)
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            log.warning("Dropped a broken embedding from Redis (%s: %s); it is computed again.", key[:12], error)
-            self._drop_from_redis(PREFIX + "embedding:" + key)
-            return None
-        embedding = replace(embedding, features=embedding.features.to(device))
+        embedding = found.to(device)
         if remember:
             self._memory.put(key, embedding, embedding.size)
         return embedding
 
-    def put(self, key: str, embedding: Embedding) -> None:
-        """Keep an embedding in memory and in Redis."""
-        self._memory.put(key, embedding, embedding.size)
-        if self._redis is not None:
-            self._to_redis(PREFIX + "embedding:" + key, to_bytes(embedding), EMBEDDING_TTL_S)
+    @staticmethod
+    def _read(key: str, data: bytes | None, where: str, drop: Callable[[str], None]) -> Embedding | None:
+        if data is None:
+            return None
+        try:
+            return from_bytes(data)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            log.warning("Dropped a broken embedding from %s (%s: %s); it is computed again.", where, key[:12], error)
+            drop(key)
+            return None
+
+    def _drop_embedding(self, key: str) -> None:
+        self._drop_from_redis(PREFIX + "embedding:" + key)
+
+    def put(self, key: str, embedding: Embedding, *, remember: bool = True) -> None:
+        """Keep an embedding in memory (unless not to `remember`), in Redis and in the folder."""
+        if remember:
+            self._memory.put(key, embedding, embedding.size)
+        if self._redis is not None or self._folder is not None:
+            data = to_bytes(embedding)
+            self._to_redis(PREFIX + "embedding:" + key, data, EMBEDDING_TTL_S)
+            if self._folder is not None:
+                self._folder.put(key, data)
 
     def get_or_encode(self, key: str, device: torch.device, compute: Callable[[], Embedding]) -> Embedding:
         """The embedding, computed by `compute` if nobody has it; concurrent callers for one key share one call."""
@@ -236,7 +271,8 @@ class EmbeddingCache:
 def to_bytes(embedding: Embedding) -> bytes:
     """An embedding as safetensors, in full precision: an answer must not depend on which cache it came from."""
     sizes = torch.tensor([embedding.original_size, embedding.input_size], dtype=torch.int64)
-    data = save({"features": embedding.features.cpu().contiguous(), "sizes": sizes})
+    features, colours = embedding.features.cpu().contiguous(), embedding.colours.cpu().contiguous()
+    data = save({"features": features, "colours": colours, "sizes": sizes})
     return data + zlib.crc32(data).to_bytes(CHECKSUM_BYTES)
 
 
@@ -246,11 +282,12 @@ def from_bytes(data: bytes) -> Embedding:
     if zlib.crc32(data).to_bytes(CHECKSUM_BYTES) != checksum:
         raise ValueError("the checksum is wrong")
     tensors = load(data)
-    features, sizes = tensors["features"], tensors["sizes"]
-    if features.ndim != 4 or sizes.shape != (2, 2):
-        raise ValueError(f"shapes {tuple(features.shape)} and {tuple(sizes.shape)} are not those of an embedding")
+    features, colours, sizes = tensors["features"], tensors["colours"], tensors["sizes"]
+    if features.ndim != 4 or colours.ndim != 3 or sizes.shape != (2, 2):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (features, colours, sizes))
+        raise ValueError(f"shapes {shapes} are not those of an embedding")
     (height, width), (input_height, input_width) = sizes.tolist()
-    return Embedding(features, (height, width), (input_height, input_width))
+    return Embedding(features, colours, (height, width), (input_height, input_width))
 
 
 def _url_name(name: str) -> str:

@@ -113,7 +113,7 @@ class Proposer:
             )
         logits = decoded.logits
         if self.head.shows == "head":
-            logits = state.conditioned.logit_mean(pixel_features(decoded, prompts))
+            logits = state.head_logits()
         expected = predictive.expected_iou(state.probability[state.valid], state.shown[state.valid] > 0)
         return Decision(logits, proposal, stopped, expected, _maps(state, score) if maps else {})
 

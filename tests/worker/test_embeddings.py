@@ -25,7 +25,7 @@ def backbone() -> Backbone:
 
 
 def _embedding(value: float = 1.0) -> Embedding:
-    return Embedding(torch.full((1, 4, 8, 8), value), (30, 40), (288, 384))
+    return Embedding(torch.full((1, 4, 8, 8), value), torch.zeros(3, 32, 32, dtype=torch.uint8), (30, 40), (288, 384))
 
 
 def test_encode_is_set_image(backbone: Backbone) -> None:
@@ -36,6 +36,10 @@ def test_encode_is_set_image(backbone: Backbone) -> None:
     torch.testing.assert_close(embedding.features, predictor.features, rtol=0, atol=1e-5)
     assert embedding.original_size == predictor.original_size == (201, 333)
     assert embedding.input_size == predictor.input_size
+    assert embedding.colours.shape == (3, 4 * embedding.features.shape[2], 4 * embedding.features.shape[3])
+    small = torch.from_numpy(image).permute(2, 0, 1)[:, :100, :166].float().mean()
+    rows, columns = (round(side * 4 / 8) for side in embedding.input_size)
+    assert abs(float(embedding.colours[:, : rows // 2, : columns // 2].float().mean() - small)) < 2
     assert not embedding.features.is_inference()
 
 
@@ -51,9 +55,11 @@ def test_lru_is_bounded_in_bytes() -> None:
 
 
 def test_bytes_round_trip_exactly() -> None:
-    embedding = Embedding(torch.randn(1, 4, 8, 8), (30, 40), (288, 384))
+    colours = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    embedding = Embedding(torch.randn(1, 4, 8, 8), colours, (30, 40), (288, 384))
     again = from_bytes(to_bytes(embedding))
     assert torch.equal(again.features, embedding.features)
+    assert torch.equal(again.colours, embedding.colours)
     assert (again.original_size, again.input_size) == ((30, 40), (288, 384))
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from worker.head import predictive
+from worker.head.features import pixel_features
+from worker.head.kernel import AMPLITUDE, ClickKernel, click_cells
 from worker.head.linear import LinearPosterior
 
 if TYPE_CHECKING:
@@ -41,25 +43,44 @@ class State:
     redecode: Redecode | None = None
 
     @cached_property
+    def kernel(self) -> ClickKernel:
+        """What this session's clicks say about places like theirs."""
+        return ClickKernel.at(self.coarse, self.prompts)
+
+    @cached_property
+    def session_features(self) -> Tensor:
+        """(d + k, h, w): `features` and those of `kernel`, which `conditioned` is a head of."""
+        if not self.prompts.clicks:
+            return self.features
+        return torch.cat([self.features, self.kernel.features(self.coarse)])
+
+    @cached_property
     def conditioned(self) -> LinearPosterior:
-        """The posterior given the labels of the clicked pixels."""
-        height, width = self.allowed.shape
+        """The posterior given the labels of the clicked pixels: the head's weights and the kernel's."""
         clicks = self.prompts.clicks
-        at = [self.coarse.frame.to_lowres(click.x, click.y) for click in clicks]
-        rows = [min(max(int(row), 0), height - 1) for _, row in at]
-        cols = [min(max(int(col), 0), width - 1) for col, _ in at]
+        rows, cols = click_cells(self.coarse, self.prompts)
         labels = torch.tensor([click.positive for click in clicks], dtype=torch.bool, device=self.features.device)
-        return self.posterior.conditioned(self.features[:, rows, cols].T, labels)
+        prior = self.posterior.extended(tuple(f"click_{index}" for index in range(len(clicks))), AMPLITUDE)
+        return prior.conditioned(self.session_features[:, rows, cols].T, labels)
 
     @cached_property
     def whitened(self) -> Tensor:
         """(r, h, w): inner products are covariances of logits under `conditioned`."""
-        return self.conditioned.whitened(self.features)
+        return self.conditioned.whitened(self.session_features)
 
     @cached_property
     def mean(self) -> Tensor:
         """E[f] under `conditioned`."""
-        return self.conditioned.logit_mean(self.features)
+        return self.conditioned.logit_mean(self.session_features)
+
+    def head_logits(self) -> Tensor:
+        """E[f] under `conditioned` at the resolution of `decoded`, (h, w): the head's own mask."""
+        if self.coarse is self.decoded:
+            return self.mean
+        features = pixel_features(self.decoded, self.prompts)
+        if self.prompts.clicks:
+            features = torch.cat([features, self.kernel.features(self.decoded)])
+        return self.conditioned.logit_mean(features)
 
     @cached_property
     def variance(self) -> Tensor:

@@ -54,11 +54,10 @@ def coarse(decoded: Decoded) -> Decoded:
     block = -(-max(height, width) // GRID)
     if block == 1 or height % block or width % block:
         return decoded
-    logits, upscaled, candidates = (
-        F.avg_pool2d(maps[None], block)[0] for maps in (decoded.logits[None], decoded.upscaled, decoded.candidates)
-    )
+    maps = (decoded.logits[None], decoded.upscaled, decoded.candidates, decoded.colours)
+    logits, upscaled, candidates, colours = (F.avg_pool2d(values[None], block)[0] for values in maps)
     frame = replace(decoded.frame, lowres_size=(height // block, width // block))
-    return replace(decoded, logits=logits[0], upscaled=upscaled, candidates=candidates, frame=frame)
+    return replace(decoded, logits=logits[0], upscaled=upscaled, candidates=candidates, colours=colours, frame=frame)
 
 
 def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:

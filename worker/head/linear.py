@@ -62,6 +62,12 @@ class LinearPosterior:
         """Mean and variance of the logit for features (d, ...), each of shape (...)."""
         return self.logit_mean(features), self.whitened(features).square().sum(0)
 
+    def extended(self, names: tuple[str, ...], deviation: float) -> LinearPosterior:
+        """This posterior with further features, whose weights are independent: N(0, deviation^2)."""
+        more = len(names)
+        factor = torch.block_diag(self.factor, deviation * torch.eye(more, device=self.factor.device))
+        return LinearPosterior((*self.names, *names), torch.cat([self.mean, self.mean.new_zeros(more)]), factor)
+
     def conditioned(self, features: Tensor, labels: Tensor, *, weight: float = CLICK_WEIGHT) -> LinearPosterior:
         """The Laplace posterior after k labelled pixels, this one being the prior.
 
