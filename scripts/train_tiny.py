@@ -33,6 +33,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "bald-sam" / "train-tiny",
                         help="packed pool, checkpoint and log of the run (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE.parent / "worker" / "weights" / "tiny.safetensors")
+    parser.add_argument(
+        "--start", type=Path, help="go on from these weights of an earlier run, without decoder warm-up"
+    )
     parser.add_argument("--curve", type=Path, help="also plot the log to this picture")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 16))
@@ -60,7 +63,7 @@ def main() -> int:
         if options.teacher and not (folder / "teacher.json").exists():
             precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
                        config["teacher"]["long_side"], device)  # fmt: skip
-        run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes)
+        run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start)
         if not options.export_only:
             run.train(workers=options.workers, say=lambda text: print(text, flush=True))
         run.export(options.out)

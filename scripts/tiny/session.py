@@ -29,7 +29,7 @@ class Prompts:
             if rng.random() < box_share:
                 points[n], kinds[n] = clicks.to_frame(clicks.box_around(truth, rng)), (CORNER, OTHER_CORNER)
             else:
-                middle = centre or rng.random() < 0.25
+                middle = centre or rng.random() < 0.4
                 points[n, 0] = clicks.to_frame(np.array(clicks.inside(truth, rng, centre=middle), float))
                 kinds[n, 0] = POSITIVE
         return cls(points, kinds)

@@ -25,7 +25,7 @@ from tiny.session import normalise, session_loss
 from tiny.teacher import TeacherFeatures
 from tiny.validation import validate
 from tiny.warmup import warm_up
-from worker.backbones.tiny import build_tiny, save_tiny
+from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
 
 
 class Run:
@@ -37,7 +37,14 @@ class Run:
     """
 
     def __init__(
-        self, config: dict[str, Any], folder: Path, *, device: torch.device, steps: int | None, minutes: float | None
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        *,
+        device: torch.device,
+        steps: int | None,
+        minutes: float | None,
+        start: Path | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.steps, self.minutes = steps, minutes
@@ -64,7 +71,10 @@ class Run:
         if self.checkpoint.exists():
             self._resume()
         else:
-            warm_up(self.sam, **config["decoder_warmup"], seed=config["seed"])
+            if start is not None:
+                self._start_from(start)
+            else:
+                warm_up(self.sam, **config["decoder_warmup"], seed=config["seed"])
             self.average.load_state_dict(self.sam.state_dict())
             self.save()
 
@@ -80,6 +90,13 @@ class Run:
             return min(self.step / self.steps, 1.0)
         assert self.minutes is not None
         return min(self.elapsed / (60 * self.minutes), 1.0)
+
+    def _start_from(self, path: Path) -> None:
+        """Go on from the weights that an earlier run of this project exported. Raises ValueError if they do not fit."""
+        earlier = load_tiny(path)
+        if {**earlier.tiny_config, "img_size": 0} != {**self.sam.tiny_config, "img_size": 0}:
+            raise ValueError(f"{path} has other sizes than [model] of the configuration; start anew or change those.")
+        self.sam.load_state_dict(earlier.state_dict())
 
     def _stage(self) -> int:
         stages = self.config["stages"]
@@ -154,9 +171,11 @@ class Run:
     def _learn(self, batch: dict[str, Tensor]) -> dict[str, float]:
         settings, rng = self.config["train"], np.random.default_rng((self.config["seed"], 77, self.step))
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        # The encoder is half the time in bf16 on a CPU too; the decoder's small products gain nothing there.
+        with torch.autocast(self.device.type, torch.bfloat16):
             embeddings, p16 = self.sam.image_encoder.pyramid(normalise(self.sam, batch["image"], batch["valid"]))
-            repeated = embeddings.repeat_interleave(settings["objects"], 0)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            repeated = embeddings.float().repeat_interleave(settings["objects"], 0)
             loss, log = session_loss(
                 self.sam, repeated, batch["masks"].flatten(0, 1), rng, box_share=settings["box_share"]
             )
