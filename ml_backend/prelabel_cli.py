@@ -1,4 +1,4 @@
-"""`bald-sam prelabel` and `bald-sam embed`."""
+"""`bald-sam prelabel`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class ThisProcess:
 @click.option("--label", help="Label of regions whose prompt has none.")
 @click.option("--each-point", is_flag=True, help="Every point of a CSV is an object of its own.")
 @click.option("--format", "shape", type=click.Choice(["brush", "polygon"]), default="brush", show_default=True)
+@click.option("--keep-embeddings", "keep", is_flag=True, help="As `bald-sam embed` does, for the annotators' clicks.")
 @click.option("--no-proposal", is_flag=True, help="Masks only, without a proposed next click.")
 @click.option("--retry-failed", is_flag=True, help="Try again what failed before.")
 @click.option("--image-url", default=LOCAL_FILES, show_default=True, help="Address of an image in the tasks.")
@@ -100,6 +101,7 @@ def prelabel(
     label: str | None,
     each_point: bool,
     shape: str,
+    keep: bool,
     no_proposal: bool,
     retry_failed: bool,
     image_url: str,
@@ -115,7 +117,9 @@ def prelabel(
         **{name: options.pop(name) for name in ("backbone", "device", "head", "strategy", "redis_url")}
     )
     filters = {_FILTERS.get(name, name): value for name, value in options.items() if value is not None}
-    wanted = PrelabelOptions(polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy)
+    wanted = PrelabelOptions(
+        polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy, keep=keep
+    )
     if (project is None) == (images is None):
         fail("Give --project with the number of a project, or --images with a folder.")
     try:
@@ -136,10 +140,10 @@ def prelabel(
                 unlabelled=label is None,
                 fingerprint=fingerprint,
             )
-            batch = _batch(settings, images)
+            batch = batch_of(settings, images)
             with watching(as_json) as observe:
                 summary = prelabel_folder(run, batch, retry_failed=retry_failed, observe=observe)
-            _report(summary, as_json, f"{out} is written.")
+            report(summary, as_json, f"{_words(summary, 'images')} {out} is written.")
         else:
             assert project is not None
             summary = _project(
@@ -181,14 +185,14 @@ def _project(
         tasks=_ids(selection.pop("task_ids")),
         **selection,
     )
-    batch = _batch(settings)
+    batch = batch_of(settings)
     journal = Journal(journal_path(settings.data_dir, project, version)).open()
     try:
         with watching(as_json) as observe:
             summary = prelabel_project(api, run, batch, journal, retry_failed=retry_failed, observe=observe)
     finally:
         journal.close()
-    _report(summary, as_json, f"Their model version is {version}.")
+    report(summary, as_json, f"{_words(summary, 'tasks')} Their model version is {version}.")
     return summary
 
 
@@ -249,7 +253,8 @@ def _labels(prompts: PromptFile | Everything, label: str | None) -> list[str]:
     return list(dict.fromkeys(one for one in found if one is not None))
 
 
-def _batch(settings: Settings, images: Path | None = None) -> Batch:
+def batch_of(settings: Settings, images: Path | None = None) -> Batch:
+    """Who does the work: the workers behind Redis, or this process, which may read `images` then."""
     if settings.redis_url is not None:
         from ml_backend.jobs import make_runner
 
@@ -276,7 +281,7 @@ class Rate(ProgressColumn):
 
 
 @contextmanager
-def watching(as_json: bool) -> Iterator[Observer]:
+def watching(as_json: bool, doing: str = "Pre-labelling") -> Iterator[Observer]:
     """A progress bar with rate and time left, on stderr; nothing for scripts."""
     if as_json:
         yield lambda _: None
@@ -291,7 +296,7 @@ def watching(as_json: bool) -> Iterator[Observer]:
         TextColumn("{task.fields[failed]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("Pre-labelling", total=None, failed="")
+        bar = progress.add_task(doing, total=None, failed="")
         started = False
 
         def observe(summary: Summary) -> None:
@@ -306,20 +311,25 @@ def watching(as_json: bool) -> Iterator[Observer]:
         yield observe
 
 
-def _report(summary: Summary, as_json: bool, done: str) -> None:
+def report(summary: Summary, as_json: bool, done: str, again: str = "--retry-failed tries these again.") -> None:
+    """What became of a run: for a person, reasons of failures with how many they concern."""
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
         return
     console = Console(highlight=False, soft_wrap=True)
-    before = f", {summary.already} were done before" if summary.already else ""
-    console.print(f"{summary.done} of {summary.total} images pre-labelled, {summary.regions} regions{before}. {done}")
+    console.print(done)
     for note in summary.notes:
         console.print(f"[yellow]![/yellow] {note}")
     if summary.failed:
-        console.print(f"[red]{len(summary.failed)} failed[/red]; --retry-failed tries these again.")
+        console.print(f"[red]{len(summary.failed)} failed[/red]. {again}")
         by_reason: dict[str, list[str]] = {}
         for key, reason in summary.failed.items():
             by_reason.setdefault(reason, []).append(key)
         for reason, keys in sorted(by_reason.items(), key=lambda one: -len(one[1]))[:SHOWN_FAILURES]:
             shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
             console.print(f"  {len(keys)} x {reason} ({shown})", markup=False)
+
+
+def _words(summary: Summary, what: str) -> str:
+    before = f"; {summary.already} were done before" if summary.already else ""
+    return f"{summary.done} of {summary.total} {what} pre-labelled, {summary.regions} regions{before}."

@@ -9,6 +9,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ml_backend.arms import parse_modes
+from ml_backend.prelabel_task_prompts import checked_source
 from worker.contract import RuntimeOptions
 
 Roots = Annotated[tuple[Path, ...], NoDecode]
@@ -32,13 +33,25 @@ class Settings(BaseSettings):
     local_roots: Roots = Field((), description="Colon-separated folders from which image paths may be read.")
     allowed_hosts: Names = Field((), description="Comma-separated private hosts from which images may be fetched.")
     cache_mb: int = Field(512, ge=1, description="Memory for embeddings and logits in each worker, MB.")
+    embeddings_dir: Path | None = Field(None, description="Folder that keeps embeddings; `bald-sam embed` fills it.")
+    embeddings_gb: float = Field(20.0, gt=0, description="Size of that folder, GB; the least recently used go.")
     max_image_mb: int = Field(64, ge=1, description="Largest image file, MB.")
     max_image_megapixels: int = Field(100, ge=1, description="Largest image, millions of pixels.")
     max_request_mb: int = Field(256, ge=1, description="Largest request body, MB.")
     fetch_timeout_s: float = Field(20.0, gt=0, description="Time to fetch one image, seconds.")
     deadline_s: float = Field(90.0, gt=0, description="Time to answer one click; Label Studio gives up after 100 s.")
     prefetch: int = Field(3, ge=0, description="How many next tasks are encoded ahead.")
+    retrieve: str = Field(
+        "auto",
+        description="Prompts of Retrieve Predictions: auto, regions, everything, field:NAME; off: none.",
+    )
+    retrieve_budget_s: float = Field(
+        60.0, gt=0, le=95, description="Time for Retrieve Predictions, seconds; what does not fit is pushed later."
+    )
     recover: bool = Field(True, description="Restore a mask that was pending when the annotation was submitted.")
+    train_after: int = Field(
+        0, ge=0, description="Train a project by itself after so many submitted annotations; 0: only when asked."
+    )
     click_log: bool = Field(True, description="Log clicks, proposals and what became of them.")
     clicks_url: str | None = Field(None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir.")
     arms: str = Field("show", description="Who sees proposals: show, hide or mixed; by project: `show,3=mixed,7=hide`.")
@@ -66,6 +79,11 @@ class Settings(BaseSettings):
         parse_modes(value)
         return value
 
+    @field_validator("retrieve")
+    @classmethod
+    def _retrieve_is_a_source(cls, value: str) -> str:
+        return value if value == "off" else checked_source(value)
+
     @field_validator("local_roots", mode="before")
     @classmethod
     def _split_roots(cls, value: Any) -> Any:
@@ -76,12 +94,12 @@ class Settings(BaseSettings):
     def _split_hosts(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("redis_url", "checkpoint", "clicks_url", mode="before")
+    @field_validator("redis_url", "checkpoint", "clicks_url", "embeddings_dir", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value
 
-    @field_validator("data_dir", "checkpoint")
+    @field_validator("data_dir", "checkpoint", "embeddings_dir")
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else None

@@ -191,6 +191,9 @@ def _decide(item: PrelabelItem, image: _Read, options: PrelabelOptions, current:
         assert image.resized is not None
         with current.encoding:
             embedding = encode_resized(backbone, image.resized, image.original_size)
+        if options.keep:
+            # Not in the memory: annotators' images are there.
+            current.embeddings.put(image.key, embedding, remember=False)
     objects = []
     for label, prompts, decoded in _decoded(item, embedding, current):
         give_way()
@@ -261,7 +264,7 @@ def _regions(
     regions, best = [], None
     for one in objects:
         mask = to_mask(one.logits, one.frame, one.prompts, (height, width))
-        area = int(mask.sum())
+        area = int(np.count_nonzero(mask))
         outlines = rings(mask) if options.polygons else []
         if not area or (options.polygons and not outlines):
             continue

@@ -27,12 +27,18 @@ class Queue(StrEnum):
 WORKERS_KEY = "bald-sam:workers"
 WORKER_KEY = "bald-sam:worker:"
 
+#: What became of the jobs of a queue: key + queue is a hash with a count of each outcome (`done`; `refused`: answered
+#: with a Failure; `failed`: ended by a fault), with `last_OUTCOME`, when it last came (seconds since 1970), and with
+#: `said_OUTCOME`, what was said then.
+JOBS_KEY = "bald-sam:jobs:"
+OUTCOMES = ("done", "refused", "failed")
+
 #: Where the choice of heads is: a file in the data directory, and a key in Redis for workers on other machines; and a
 #: hash in Redis with the files of all heads.
 HEADS_IN_USE_FILE = "heads/in-use.json"
 HEADS_IN_USE_KEY = "bald-sam:heads:in-use"
 HEAD_FILES_KEY = "bald-sam:heads:files"
-#: How far a training job is: key + job id holds JSON with `stage`, `done` and `total`.
+#: How far the training of a project is: key + project holds JSON with `stage`, `done` and `total`.
 PROGRESS_KEY = "bald-sam:progress:"
 
 #: Dotted names of the functions that a worker may run; everything else in Redis is refused.
@@ -137,11 +143,15 @@ class PrelabelItem(Message):
 
 
 class PrelabelOptions(Message):
-    """How a batch is answered: outlines instead of masks, and whether a next click is proposed."""
+    """How a batch is answered: outlines instead of masks, and whether a next click is proposed.
+
+    `keep`: embeddings go into the caches that outlast the batch (Redis, folder), so that clicks find them there.
+    """
 
     polygons: bool = False
     propose: bool = True
     strategy: str = "default"
+    keep: bool = False
 
 
 class PrelabelJob(Message):
@@ -316,6 +326,13 @@ class Failure(Message):
     status: int = 500
 
 
+def outcome_of(answer: object) -> tuple[str, str]:
+    """Whether a job function that returned `answer` has `done` its work or `refused` it, and with which words."""
+    if isinstance(answer, dict) and answer.get("kind") == "failure":
+        return "refused", f"{answer.get('error', '')} {answer.get('hint', '')}".strip()
+    return "done", ""
+
+
 class RuntimeOptions(BaseModel):
     """What a worker process needs to know. The settings class fills it; the worker never reads the environment."""
 
@@ -333,6 +350,8 @@ class RuntimeOptions(BaseModel):
     local_roots: tuple[Path, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cache_mb: int = 512
+    embeddings_dir: Path | None = None
+    embeddings_gb: float = 20.0
     max_image_mb: int = 64
     max_image_megapixels: int = 100
     fetch_timeout_s: float = 20.0

@@ -16,6 +16,7 @@ from worker.backbones import Backbone, build
 from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts, RuntimeOptions
 from worker.decode import LogitsCache, decode
+from worker.embedding_folder import EmbeddingFolder
 from worker.embeddings import EmbeddingCache, encode
 from worker.head.registry import HeadRegistry
 from worker.proposer import Proposer
@@ -39,13 +40,17 @@ class Runtime:
         self.options = options
         cache_bytes = options.cache_mb << 20
         logits_bytes = int(cache_bytes * LOGITS_SHARE)
-        client = None
+        client: redis.Redis | None = None
         if options.redis_url is not None:
             url = options.redis_url.get_secret_value()
             # Without its back-off of seconds: what Redis does not hold at once is quicker to compute.
             retry = Retry(NoBackoff(), 1)
             client = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=5, retry=retry)
-        self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client)
+        self.redis = client
+        folder = None
+        if options.embeddings_dir is not None:
+            folder = EmbeddingFolder(options.embeddings_dir, int(options.embeddings_gb * 1e9))
+        self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client, folder)
         self.logits: LogitsCache = ByteLRU(logits_bytes)
         #: Encoders need gigabytes for a moment: one image at a time, but for a click in the middle of a batch.
         self.encoding = RLock()
@@ -58,6 +63,11 @@ class Runtime:
         """The model. Raises ValueError or CheckpointError when it cannot be built; the next use tries again."""
         with self._building:
             return self._backbone
+
+    @property
+    def loaded_backbone(self) -> Backbone | None:
+        """The model if it is loaded already."""
+        return self.__dict__.get("_backbone")
 
     @property
     def proposer(self) -> Proposer:
@@ -137,6 +147,11 @@ def runtime() -> Runtime:
         if _runtime is None:
             _runtime = Runtime(_options)
         return _runtime
+
+
+def loaded() -> Runtime | None:
+    """The runtime of this process if there is one already."""
+    return _runtime
 
 
 def warm_up() -> None:
