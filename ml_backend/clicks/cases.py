@@ -25,8 +25,8 @@ CASES = 6
 def find_cases(connection: Connection, chosen: Filter) -> list[dict[str, Any]]:
     """Clicks made elsewhere than at a shown proposal that changed most.
 
-    Each with its `kind` (`gained` or `lost`), `view`: the (x, y, width, height) to look at, and the `picture` of it, all
-    in pixels of the image.
+    Each with its `kind` (`gained` or `lost`), `view`: the (x, y, width, height) to look at, and its `picture`, all in
+    pixels of the image.
     """
     found: list[dict[str, Any]] = []
     of_click = (
