@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from ml_backend.body import read_json, without_masks
 from ml_backend.clicks import AnsweredClick, ClickLog
 from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.errors import BackendError, RequestError
+from ml_backend.heads_in_use import model_version, model_versions
+from ml_backend.learning import Learning
 from ml_backend.metrics import Metrics
-from ml_backend.model import BaldSamBackend, model_version, project_id
+from ml_backend.model import BaldSamBackend, project_id
 from ml_backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ ACTIONS = frozenset(
     }
 )
 
+#: An event of so many bytes is read after it was answered: reading takes about 10 ms a megabyte.
+LARGE_EVENT = 1_000_000
+
 
 def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     """The WSGI application. `runner` (see `ml_backend.jobs`) is made from the settings if it is not given."""
@@ -53,21 +59,25 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     clicks = ClickLog.from_settings(settings) if settings.click_log else None
     experiment = _AfterTheAnswer(clicks) if clicks is not None else None
     backend = BaldSamBackend(settings=settings, runner=runner, observe=metrics.click, experiment=experiment)
-    version = model_version(settings)
+    learning = Learning(settings, runner, engine=clicks.engine if clicks is not None else None)
 
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_mb * 1_000_000
     app.extensions["bald_sam_runner"] = runner
     app.extensions["bald_sam_clicks"] = clicks
+    app.extensions["bald_sam_learning"] = learning
     #: Set once the model of this process is loaded.
     ready = app.extensions["bald_sam_ready"] = threading.Event()
     _add_hooks(app, settings, metrics)
+    _add_events(app, metrics, clicks, learning)
     _add_report(app, clicks)
 
     @app.get("/")
     def index() -> Response:
         return jsonify(
-            name="bald-sam", model_version=version, routes=sorted({r.rule for r in app.url_map.iter_rules()})
+            name="bald-sam",
+            model_version=model_version(settings),
+            routes=sorted({r.rule for r in app.url_map.iter_rules()}),
         )
 
     @app.get("/health")
@@ -81,7 +91,7 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         return jsonify(
             status="UP",
             model_class=type(backend).__name__,
-            model_version=version,
+            model_version=model_version(settings),
             ready=ready.is_set() or _has_worker(status),
         )
 
@@ -93,7 +103,7 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         project = project_id(body.get("project"))
         for warning in config.warnings:
             log.warning("project %s: %s", project, warning)
-        return jsonify(model_version=version, warnings=list(config.warnings))
+        return jsonify(model_version=model_version(settings, project), warnings=list(config.warnings))
 
     @app.post("/predict")
     def predict() -> Response:
@@ -109,10 +119,20 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         )
         return jsonify(results=results)
 
-    @app.post("/webhook")
-    def webhook() -> tuple[Response, int]:
-        # Label Studio waits one second, and without Redis of its own it holds up the annotator's submit for it.
-        body = read_json(request.get_data())
+    @app.get("/versions")
+    def versions() -> Response:
+        return jsonify(versions=model_versions(settings))
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        return Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _add_events(app: Flask, metrics: Metrics, clicks: ClickLog | None, learning: Learning) -> None:
+    def take_event(content: bytes) -> None:
+        body = read_json(content)
         action = body.get("action")
         known = action if isinstance(action, str) and action in ACTIONS else "other"
         project = body.get("project")
@@ -120,17 +140,28 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         metrics.events.labels(known).inc()
         if clicks is not None:
             clicks.webhook(body)
+        learning.webhook(body)
+
+    large_events = ThreadPoolExecutor(1, "webhook")
+
+    @app.post("/webhook")
+    def webhook() -> tuple[Response, int]:
+        # Label Studio waits one second, and without Redis of its own it holds up the annotator's submit for it.
+        content = request.get_data()
+        if len(content) < LARGE_EVENT:
+            take_event(content)
+        else:  # an annotation with hundreds of masks takes a while to be read
+            large_events.submit(take_event, content).add_done_callback(_complain)
         return jsonify(status="received"), 201
 
-    @app.get("/versions")
-    def versions() -> Response:
-        return jsonify(versions=[version])
+    @app.get("/training")
+    def training() -> Response:
+        return jsonify(projects={number: one.model_dump(mode="json") for number, one in learning.records().items()})
 
-    @app.get("/metrics")
-    def prometheus() -> Response:
-        return Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+def _complain(event: Future[None]) -> None:
+    if (error := event.exception()) is not None:
+        log.warning("a large event could not be read: %s", error)
 
 
 class _AfterTheAnswer:

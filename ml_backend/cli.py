@@ -18,10 +18,10 @@ COMMANDS = {
     "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),
     "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
     "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
-    "heads": ("ml_backend.evaluate_cli:heads", "List the trained heads and choose one."),
+    "heads": ("ml_backend.heads_cli:heads", "List the heads; choose, pin or roll back the one in use."),
     "models": ("ml_backend.models_cli:models", "List, download and describe the backbones."),
     "prelabel": ("ml_backend.prelabel_cli:prelabel", "Pre-label a project or a folder of images."),
-    "train": ("ml_backend.evaluate_cli:train", "Train a head on images and masks."),
+    "train": ("ml_backend.train_cli:train", "Train a head on a project, or on folders of images and masks."),
 }
 
 
@@ -152,10 +152,12 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
         except OSError as exc:
             runner.close()
             fail(f"The click log cannot be written in {settings.data_dir}: {exc.strerror or exc}.")
+    app.extensions["bald_sam_learning"].start()
     try:
         server.run()
     finally:
         server.close()
+        app.extensions["bald_sam_learning"].close()
         runner.close()
         if clicks is not None:
             clicks.close()

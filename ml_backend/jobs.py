@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,6 +34,8 @@ from worker.contract import (
     RuntimeOptions,
     SegmentJob,
     SegmentResult,
+    TrainJob,
+    TrainResult,
 )
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ MAX_EMBED_WAITING = 256
 CHUNK = 8
 
 _ANSWER: TypeAdapter[SegmentResult | Failure] = TypeAdapter(SegmentResult | Failure)
+_TRAIN_ANSWER: TypeAdapter[TrainResult | Failure] = TypeAdapter(TrainResult | Failure)
 _BATCH_ANSWER: TypeAdapter[PrelabelResult | Failure] = TypeAdapter(PrelabelResult | Failure)
 
 
@@ -76,6 +79,10 @@ class Runner(Protocol):
     ) -> Iterator[PrelabelImage | PrelabelFailure]:
         """One answer for each item, in any order, as soon as it is made; clicks go first at any time. `items` is read
         a little ahead. Raises JobFailed for what keeps every item from being done; what was answered counts."""
+
+    def train(self, job: TrainJob, progress: Callable[[str, int, int], None] | None = None) -> TrainResult:
+        """Learn a head, which takes minutes; clicks go first at any time. `progress(stage, done, total)` is called now
+        and then where it is known. Raises JobFailed."""
 
     def status(self) -> dict[str, Any]:
         """`runner`, `queues` (waiting jobs by queue), `workers`, `running` (job, age in seconds)."""
@@ -118,6 +125,17 @@ def to_answers(answer: Any) -> list[PrelabelImage | PrelabelFailure]:
     if isinstance(message, Failure):
         raise JobFailed(message.error, message.hint, message.status)
     return [*message.images, *message.failed]
+
+
+def to_train_result(answer: Any) -> TrainResult:
+    """What `train` returned, checked. Raises JobFailed for a Failure and for anything else."""
+    try:
+        message = _TRAIN_ANSWER.validate_python(answer)
+    except ValidationError as error:
+        raise worker_failed(f"an answer that is no TrainResult ({error.error_count()} errors)") from error
+    if isinstance(message, Failure):
+        raise JobFailed(message.error, message.hint, message.status)
+    return message
 
 
 def in_chunks(items: Iterable[PrelabelItem], size: int = CHUNK) -> Iterator[tuple[PrelabelItem, ...]]:
@@ -238,7 +256,8 @@ class InProcessRunner:
         try:
             while True:
                 while len(under_way) < 2 and (chunk := next(chunks, None)) is not None:
-                    under_way.append(self._enqueue_batch(PrelabelJob(items=chunk, options=options)))
+                    job = PrelabelJob(items=chunk, options=options)
+                    under_way.append(self._enqueue_long(Queue.BATCH, contract.PRELABEL, job))
                 if not under_way:
                     return
                 task = under_way.popleft()
@@ -252,8 +271,15 @@ class InProcessRunner:
                     self._drop(task, JobFailed("The batch was stopped.", "Start it again.", 503))
                     self._waiting.pop(task.key, None)
 
-    def _enqueue_batch(self, job: PrelabelJob) -> _Task:
-        task = self._task(Queue.BATCH, contract.PRELABEL, job.model_dump(mode="json"), f"{Queue.BATCH}:{uuid.uuid4()}")
+    def train(self, job: TrainJob, progress: Callable[[str, int, int], None] | None = None) -> TrainResult:
+        task = self._enqueue_long(Queue.TRAIN, contract.TRAIN, job)
+        task.done.wait()
+        if task.error is not None:
+            raise task.error
+        return to_train_result(task.answer)
+
+    def _enqueue_long(self, name: Queue, function: str, job: PrelabelJob | TrainJob) -> _Task:
+        task = self._task(name, function, job.model_dump(mode="json"), f"{name}:{uuid.uuid4()}")
         with self._lock:
             if self._closed:
                 raise JobFailed("The service is stopping.", "It goes on with the next start.", 503, 5)

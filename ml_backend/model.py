@@ -22,9 +22,11 @@ from ml_backend.arms import Arm
 from ml_backend.clicks import AnsweredClick, seen_regions
 from ml_backend.clicks.record import record, session_key
 from ml_backend.errors import RequestError
+from ml_backend.heads_in_use import model_version
 from ml_backend.labeling_config import LabelingConfig
 from ml_backend.settings import Settings
-from worker.contract import EmbedJob, ImageRef, SegmentJob, SegmentResult
+from ml_backend.task_image import image_of
+from worker.contract import EmbedJob, SegmentJob, SegmentResult
 
 # label-studio-ml tries `import torch` for its multiprocessing. The web process must not load torch, so for the time of
 # this import it looks as if it were not installed.
@@ -52,11 +54,7 @@ class Experiment(Protocol):
 
 _lock = threading.Lock()
 _shared: tuple[Settings, Any] | None = None
-
-
-def model_version(settings: Settings) -> str:
-    """What Label Studio shows as the version of this backend."""
-    return f"bald-sam-{settings.backbone}"
+_learning: Any = None
 
 
 def _shared_runner() -> tuple[Settings, Any]:
@@ -69,6 +67,18 @@ def _shared_runner() -> tuple[Settings, Any]:
             settings = Settings()
             _shared = settings, make_runner(settings)
         return _shared
+
+
+def _shared_learning() -> Any:
+    """What learns in this process, made once."""
+    global _learning  # noqa: PLW0603
+    settings, runner = _shared_runner()
+    with _lock:
+        if _learning is None:
+            from ml_backend.learning import Learning
+
+            _learning = Learning(settings, runner)
+        return _learning
 
 
 class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
@@ -105,10 +115,10 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
             raise RequestError(
                 "The request carries no `label_config`.", "Send the labelling config of the project with it."
             )
-        version = model_version(settings)
         config = labeling_config.parse(label_config, prompts.image_name(context))
-        empty = [{"result": [], "score": 0.0, "model_version": version} for _ in tasks]
         project = project_id(kwargs.get("project") or _from_request("project") or tasks[0].get("project"))
+        version = model_version(settings, project)
+        empty = [{"result": [], "score": 0.0, "model_version": version} for _ in tasks]
         if context is None:
             self._encode_ahead(runner, tasks[: 1 + settings.prefetch], config, project)
             return empty
@@ -125,7 +135,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         task = tasks[0]
         region_id = regions.mask_id(project, task["id"], session)
         job = SegmentJob(
-            image=_image(task, config, project, session.item_index),
+            image=image_of(task, config, project, session.item_index),
             width=session.width,
             height=session.height,
             prompts=session.prompts,
@@ -171,9 +181,12 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         return empty
 
     def fit(self, *args: Any, event: str | None = None, data: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Called with the events of Label Studio. Nothing is learnt from them yet; the answer is an empty dict."""
+        """Called by other servers with the events of Label Studio: takes note of them, returns an empty dict at once.
+        Our own server tells `Learning` itself."""
         event = event or (args[0] if args and isinstance(args[0], str) else None)
         log.info("event %s", event)
+        if isinstance(data, dict) and self._own is None:
+            _shared_learning().webhook({**data, "action": event})
         return {}
 
     def _label_config_of_setup(self) -> str | None:
@@ -185,7 +198,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         images = []
         for task in tasks:
             try:
-                images.append(_image(task, config, project, None))
+                images.append(image_of(task, config, project))
             except RequestError as exc:
                 log.warning("task %s is not encoded ahead: %s", task.get("id"), exc)
         if images:
@@ -208,21 +221,6 @@ def _checked(tasks: Any) -> list[dict[str, Any]]:
     if isinstance(tasks[0].get("id"), bool) or not isinstance(tasks[0].get("id"), (int, str)):
         raise RequestError("The task has no `id`.", "Send the task as Label Studio's API gives it.")
     return tasks
-
-
-def _image(task: dict[str, Any], config: LabelingConfig, project: int | None, page: int | None) -> ImageRef:
-    value: Any = task.get("data")
-    for part in [config.key] if isinstance(value, dict) and config.key in value else config.key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, list):
-        value = value[page or 0] if (page or 0) < len(value) else None
-    if not isinstance(value, str) or not value:
-        raise RequestError(
-            f"The task has no image address in `data.{config.key}`.",
-            f"The labelling config reads `${config.key}`; the task's data must have a field of this name.",
-        )
-    task_id = task.get("id")
-    return ImageRef(url=value, task=task_id if isinstance(task_id, int) else None, project=project)
 
 
 def _from_request(name: str) -> Any:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import redis
@@ -36,6 +36,7 @@ from ml_backend.jobs import (
     worker_failed,
 )
 from ml_backend.rq_batch import RqBatch
+from ml_backend.rq_training import RqTraining
 from worker import contract
 from worker.contract import (
     WORKER_KEY,
@@ -48,6 +49,8 @@ from worker.contract import (
     Queue,
     SegmentJob,
     SegmentResult,
+    TrainJob,
+    TrainResult,
 )
 
 log = logging.getLogger(__name__)
@@ -128,6 +131,12 @@ class RqRunner:
     ) -> Iterator[PrelabelImage | PrelabelFailure]:
         try:
             yield from RqBatch(self._redis, options).run(items)
+        except redis.RedisError as error:
+            raise _redis_failed(error) from error
+
+    def train(self, job: TrainJob, progress: Callable[[str, int, int], None] | None = None) -> TrainResult:
+        try:
+            return RqTraining(self._redis, job).run(progress)
         except redis.RedisError as error:
             raise _redis_failed(error) from error
 

@@ -1,12 +1,13 @@
-"""Fit a head and its posterior to simulated click sessions on images with known masks.
+"""Fit a head and its posterior to click sessions on images with known masks.
 
-Sessions visit the states that proposals are made in: a first click, then answers to clicks on errors and elsewhere, the
-previous mask fed back each time. From every state a few hundred pixels are kept with weights that undo the sampling.
+Sessions visit the states that proposals are made in: those of the click log where there are any, then simulated ones,
+that is a first click, then answers to clicks on errors and elsewhere, the previous mask fed back each time. From every
+state a few hundred pixels are kept with weights that undo the sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -19,11 +20,12 @@ from torch.nn import functional as F
 from worker.acquisition.candidates import allowed_pixels
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, decode
-from worker.embeddings import encode
+from worker.decode import Decoded, decode, decode_session
+from worker.embeddings import Embedding, encode
 from worker.head.features import coarse, feature_names, pixel_features
 from worker.head.fit import FitOptions, Pixels, fit_linear
 from worker.head.store import Head, channels_of
+from worker.preemption import give_way
 
 Mask = NDArray[np.bool_]
 
@@ -46,36 +48,34 @@ class SessionOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Visited:
+    """An example whose image is encoded already. `states`: the prompts after each logged click, oldest first."""
+
+    name: str
+    truth: Mask
+    embedding: Embedding
+    states: tuple[Prompts, ...] = ()
+
+
 def collect(
     backbone: Backbone,
-    examples: Iterable[Example],
+    examples: Iterable[Example | Visited],
     options: SessionOptions,
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Pixels:
-    """Simulate one session per example and keep pixels of every state. Raises ValueError when there is no example."""
+    """Run one session per example and keep pixels of every state. Raises ValueError when there is no example."""
     rng = np.random.default_rng(options.seed)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     objects, counts, names = [], [], []
     with torch.inference_mode():
         for number, example in enumerate(examples):
-            truth = example.read_mask()
-            embedding = encode(backbone, example.read_image())
-            prompts = Prompts(clicks=(_start(truth, rng),))
-            previous: Tensor | None = None
-            for count in range(1, options.clicks + 1):
-                answer = decode(backbone, embedding, prompts, previous)
-                decoded = coarse(answer)
+            for prompts, decoded, labels in _session(backbone, _visited(example, backbone), options.clicks, rng):
                 features = pixel_features(decoded, prompts)
-                labels = lowres_truth(truth, decoded)
                 kept.append(_sample(features, labels, decoded, options.pixels, rng))
                 objects.append(number)
-                counts.append(count)
-                previous = answer.logits[None]
-                click = _next(truth, labels, decoded, prompts, rng)
-                if click is None:
-                    break
-                prompts = Prompts(clicks=(*prompts.clicks, click))
+                counts.append(len(prompts.clicks))
             names.append(example.name)
             if progress is not None:
                 progress(number + 1)
@@ -85,9 +85,40 @@ def collect(
     return Pixels(features, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
 
 
+def _visited(example: Example | Visited, backbone: Backbone) -> Visited:
+    if isinstance(example, Visited):
+        return example
+    return Visited(example.name, example.read_mask(), encode(backbone, example.read_image()))
+
+
+def _session(
+    backbone: Backbone, example: Visited, count: int, rng: np.random.Generator
+) -> Iterator[tuple[Prompts, Decoded, Tensor]]:
+    """(prompts, the decoder's answer on the grid, the truth there) of `count` states: logged ones, then simulated."""
+    truth, embedding = example.truth, example.embedding
+    prompts, previous = Prompts(), None
+    click: Click | None = None
+    for number in range(count):
+        give_way()
+        if number < len(example.states):
+            prompts = example.states[number]
+            answer = decode_session(backbone, embedding, prompts)
+        else:
+            click = click or _start(truth, rng)
+            prompts = prompts.model_copy(update={"clicks": (*prompts.clicks, click)})
+            answer = decode(backbone, embedding, prompts, previous)
+        decoded = coarse(answer)
+        labels = lowres_truth(truth, decoded)
+        yield prompts, decoded, labels
+        previous = answer.logits[None]
+        click = _next(truth, labels, decoded, prompts, rng)
+        if click is None:
+            return
+
+
 def train_head(
     backbone: Backbone,
-    examples: Sequence[Example],
+    examples: Iterable[Example | Visited],
     sessions: SessionOptions,
     fit: FitOptions,
     *,

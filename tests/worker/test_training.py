@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from evaluation.datasets import read_pairs
-from ml_backend.evaluate_cli import heads, train
+from ml_backend.heads_cli import heads
+from ml_backend.train_cli import train
 from worker.backbones import Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import decode
@@ -135,7 +136,7 @@ def test_commands(folder: Path, data_dir: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (data_dir / "heads" / "mine" / "head.safetensors").is_file()
     assert runner.invoke(heads, ["use", "mine"]).exit_code == 0
-    listed = json.loads(runner.invoke(heads, ["list", "--json"]).output)
-    assert [row["default"] for row in listed if row["name"] == "mine"] == [True]
+    listed = json.loads(runner.invoke(heads, ["list", "--json"]).output)["heads"]
+    assert {row["name"]: row["used_by"] for row in listed} == {"mine": ["default"], "shipped": []}
     assert runner.invoke(heads, ["use", "gone"]).exit_code == 2
     assert runner.invoke(heads, ["use", "shipped"]).exit_code == 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.head.linear import LinearPosterior
+from worker.preemption import give_way
 
 
 @dataclass
@@ -81,6 +82,7 @@ def _common(features: Tensor, target: Tensor, weights: Tensor, prior: Tensor, ri
     mu = prior.clone()
     current = loss(mu)
     for _ in range(30):
+        give_way()
         inside = torch.sigmoid(flat @ mu)
         gradient = flat.T @ (w * (inside - labels)) + ridge * (mu - prior)
         hessian = (flat.T * (w * inside * (1 - inside))) @ flat + ridge * identity
@@ -101,6 +103,7 @@ def _modes(
     """Laplace approximation of every state's weights: modes (G, d) and covariances (G, d, d), batched Newton."""
     modes = start.clone()
     for _ in range(steps):
+        give_way()
         inside = torch.sigmoid(torch.einsum("gnd,gd->gn", features, modes))
         gradient = torch.einsum("gnd,gn->gd", features, weights * (inside - target)) + (modes - mu) @ precision
         curvature = (weights * inside * (1 - inside)).unsqueeze(2)

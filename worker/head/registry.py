@@ -217,8 +217,9 @@ class HeadRegistry:
         here = self.folder / name / FILES[0]
         if not _NAME.fullmatch(name) or (here.is_file() and wanted in (None, digest(here))):
             return
-        contents = self._redis.hmget(HEAD_FILES_KEY, [f"{name}/{file}" for file in FILES])
-        if not all(isinstance(content, bytes) for content in contents):
+        held = self._redis.hmget(HEAD_FILES_KEY, [f"{name}/{file}" for file in FILES])
+        contents = [content for content in held if isinstance(content, bytes)]
+        if len(contents) < len(FILES):
             log.warning("Redis does not hold the files of the head %s.", name)
             return
         here.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,293 @@
+"""Learn a head from the masks of a project: the job behind START_TRAINING and `bald-sam train --project`.
+
+Tasks are split by a hash of their number, so that a task that is held out once is held out always: the head in use was
+never trained on the tasks on which its successor is compared with it. Both play full sessions there, with the exact
+simulated user and the strategy of the settings.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import redis
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation import metrics
+from evaluation.calibration import calibrated, with_head
+from evaluation.session import Session
+from worker import brush_rle
+from worker.contract import PROGRESS_KEY, HeadChoice, LabelledObject, Prompts, TrainJob, TrainResult
+from worker.decode import Decoded
+from worker.embeddings import Embedding, encode_resized, resize
+from worker.head.fit import FitOptions
+from worker.head.store import Head, save_head
+from worker.images import ImageError, decode_image, fetch
+from worker.preemption import give_way, give_way_within
+from worker.runtime import Runtime
+from worker.tasks import JobError, answer, in_image
+from worker.training import SessionOptions, Visited, train_head
+
+log = logging.getLogger(__name__)
+
+Mask = NDArray[np.bool_]
+Report = Callable[[str, int, int], None]
+
+#: Share of the tasks that is held out; least numbers of images to learn from and to judge on.
+HELD_OUT = 0.25
+LEAST_TRAINED = 5
+LEAST_HELD_OUT = 3
+#: Objects that are played: more make the answer surer and the training longer.
+MOST_HELD_OUT = 60
+MOST_CALIBRATED = 24
+#: States of one session that are learnt from.
+STATES = 6
+#: Images that are read ahead of the model.
+READ_AHEAD = 3
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """The job function: `TrainJob` to `TrainResult` or `Failure`."""
+    return answer(TrainJob, job, learn)
+
+
+def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> TrainResult:
+    """Fit a head, calibrate it, judge it on the tasks held out, keep it, and use it if it is better.
+
+    `report(stage, done, total)`: called as it goes on; without it, progress goes to Redis and the log. Clicks are let
+    through all the while. Raises JobError when there is too little to learn from.
+    """
+    began = time.monotonic()
+    report = report or _Reporter(job.project, current)
+    learnt, held_out = split(job)
+    backbone, before = current.backbone, current.proposer_of(job.project)
+    give_way_within(backbone.sam.image_encoder)
+    skipped: dict[str, str] = {}
+
+    def sessions(objects: Sequence[LabelledObject], stage: str) -> Iterator[tuple[str, Session]]:
+        for done, one in enumerate(_read(objects, current, skipped), 1):
+            yield one.name, _PatientSession(backbone, before, one.embedding, _NO_IMAGE, one.truth, None)
+            report(stage, done, len(objects))
+
+    head = train_head(
+        backbone,
+        _reported(_read(learnt, current, skipped), lambda done: report("learning", done, len(learnt))),
+        SessionOptions(clicks=STATES, seed=job.seed),
+        FitOptions(),
+        notes={**job.notes, "project": job.project, "tasks": len({_image(one) for one in learnt})},
+    )
+    head, _ = calibrated(head, sessions(_spread(learnt, MOST_CALIBRATED), "calibrating"), clicks=job.clicks)
+    judged = list(judge([before.head, head], sessions(held_out, "judging"), clicks=job.clicks))
+    if not judged:
+        raise JobError("None of the images held out can be read.", _first(skipped), 422)
+    images = {_name(one): _image(one) for one in held_out}
+    gain, error = compare([(images[name], new - old) for name, (old, new) in judged])
+    auc_before, auc = (float(np.mean([aucs[which] for _, aucs in judged])) for which in (0, 1))
+    figures = {"auc": auc, "auc_before": auc_before, "before": before.head.id, "gain": gain, "error": error}
+    name = current.heads.new_name(f"project-{job.project}")
+    held = {"objects": len(judged), "images": len(set(images.values())), **figures}
+    save_head(replace(head, notes={**head.notes, "held_out": held}), current.heads.folder / name / "head.safetensors")
+    current.heads.publish(name)
+    used, reason = decide(gain, error, current.heads.in_use(fresh=True).of(job.project), force=job.force)
+    if used:
+        current.heads.use(name, job.project)
+    log.info("project %d: %s, %s", job.project, name, reason)
+    return TrainResult(
+        project=job.project,
+        head=name,
+        used=used,
+        reason=reason,
+        objects=int(head.notes["objects"]),
+        logged=sum(bool(one.states) for one in learnt),
+        held_out=len(judged),
+        images_held_out=len(set(images.values())),
+        skipped=skipped,
+        seconds=round(time.monotonic() - began, 1),
+        **figures,
+    )
+
+
+def split(job: TrainJob) -> tuple[list[LabelledObject], list[LabelledObject]]:
+    """(to learn from, held out), at most `MOST_HELD_OUT` of the latter. Raises JobError if there are too few images."""
+
+    def place(image: str) -> float:
+        return int.from_bytes(hashlib.sha256(f"{job.project}:{image}".encode()).digest()[:8], "big") / 2**64
+
+    images = sorted({_image(one) for one in job.objects}, key=place)
+    if len(images) < LEAST_TRAINED + LEAST_HELD_OUT:
+        raise JobError(
+            f"Project {job.project} has masks on {len(images)} images; learning needs at least "
+            f"{LEAST_TRAINED + LEAST_HELD_OUT}.",
+            "Annotate and submit more; about 50 make a difference.",
+            422,
+        )
+    count = sum(place(image) < HELD_OUT for image in images)
+    apart = set(images[: min(max(count, LEAST_HELD_OUT), len(images) - LEAST_TRAINED)])
+    learnt = [one for one in job.objects if _image(one) not in apart]
+    held_out = [one for one in job.objects if _image(one) in apart]
+    return learnt, _spread(held_out, MOST_HELD_OUT)
+
+
+def judge(
+    heads: Sequence[Head], sessions: Iterable[tuple[str, Session]], *, clicks: int
+) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """For each session its name, and the AUC (IoU over clicks, 0 to 1) that each head reaches from the same start."""
+    for name, session in sessions:
+        aucs = []
+        for head in heads:
+            mine = replace(session, proposer=with_head(session.proposer, head))
+            rows = mine.play(session.proposer.strategy.name, 0, clicks)
+            aucs.append(metrics.auc(np.array([row["iou"] for row in rows], dtype=float)))
+        yield name, tuple(aucs)
+
+
+def compare(gains: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """Mean of the objects' gains and its standard error; objects of one image (named first) are not independent."""
+    values = np.array([gain for _, gain in gains])
+    images = sorted({image for image, _ in gains})
+    mean = float(values.mean())
+    # Deviations summed within images: the cluster-robust standard error of a mean.
+    sums = np.array([sum(gain - mean for image, gain in gains if image == one) for one in images])
+    correction = len(images) / max(len(images) - 1, 1)
+    return mean, float(np.sqrt(correction * np.square(sums).sum()) / len(values))
+
+
+def decide(gain: float, error: float, choice: HeadChoice, *, force: bool) -> tuple[bool, str]:
+    """Whether a new head is used, and why in words. Better means: by more than the standard error of the difference."""
+    figures = f"AUC on the tasks held out: {gain:+.4f} ± {error:.4f} against the head in use"
+    if force:
+        return True, f"it is used because that was asked for. {figures}."
+    if choice.pinned:
+        return False, f"it is kept but not used: the head of this project is pinned. {figures}."
+    if gain > error:
+        return True, f"it is used from now on. {figures}."
+    return False, f"it is kept but not used: it is not clearly better. {figures}."
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+_NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
+
+
+class _PatientSession(Session):
+    """A session that lets clicks through between its own."""
+
+    def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
+        give_way()
+        return super().redecode(prompts, mask_input)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What the reading thread makes of an object: its mask at the image's size, the image as the encoder wants it."""
+
+    truth: Mask
+    resized: NDArray[np.uint8]
+    original_size: tuple[int, int]
+    key: str
+
+
+def _read(objects: Sequence[LabelledObject], current: Runtime, skipped: dict[str, str]) -> Iterator[Visited]:
+    """Each object with its embedding, in the order of their images; what cannot be read goes to `skipped`, in words."""
+    backbone = current.backbone
+    ordered = sorted(objects, key=_image)
+    known: tuple[str, Embedding] | None = None
+    with ThreadPoolExecutor(1, "train-read", lambda: torch.set_num_threads(1)) as reader:
+        ahead: list[Future[_Pixels]] = []
+        try:
+            for number, one in enumerate(ordered):
+                while len(ahead) < len(ordered) and len(ahead) <= number + READ_AHEAD:
+                    ahead.append(reader.submit(_load, ordered[len(ahead)], current))
+                reading, ahead[number] = ahead[number], Future()
+                while not wait([reading], 0.02).done:
+                    give_way()
+                try:
+                    pixels = reading.result()
+                    frame = (one.height, one.width)
+                    states = tuple(in_image(state, frame, pixels.original_size) for state in one.states)
+                except (ImageError, JobError, ValueError) as error:
+                    skipped[one.image.url] = str(error)
+                    continue
+                if known is None or known[0] != pixels.key:
+                    embedding = current.embeddings.get(pixels.key, backbone.device, remember=False)
+                    if embedding is None:
+                        with current.encoding:
+                            embedding = encode_resized(backbone, pixels.resized, pixels.original_size)
+                    known = pixels.key, embedding
+                yield Visited(_name(one), pixels.truth, known[1], states)
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _load(one: LabelledObject, current: Runtime) -> _Pixels:
+    data = fetch(one.image, current.options)
+    image = decode_image(data, current.options)
+    try:
+        truth = brush_rle.decode(list(zlib.decompress(base64.b64decode(one.mask))), one.height, one.width)
+    except (ValueError, zlib.error) as error:
+        raise JobError(f"The mask {one.region} cannot be read ({error}).", "Draw it again.", 422) from error
+    height, width = image.shape[:2]
+    if truth.shape != (height, width):
+        truth = cv2.resize(truth.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    if not truth.any():
+        raise JobError(f"The mask {one.region} is empty.", "Delete it, or draw it again.", 422)
+    key = current.embeddings.key(data, current.backbone)
+    return _Pixels(truth, resize(current.backbone, image), (height, width), key)
+
+
+def _name(one: LabelledObject) -> str:
+    """Region ids are unique in their task alone: annotations may be copied."""
+    return f"{_image(one)}/{one.region}"
+
+
+def _image(one: LabelledObject) -> str:
+    """What is split by: the task, or where there is none the address."""
+    return str(one.image.url if one.image.task is None else one.image.task)
+
+
+def _spread(objects: Sequence[LabelledObject], most: int) -> list[LabelledObject]:
+    """At most `most` of the objects, evenly over the list."""
+    if len(objects) <= most:
+        return list(objects)
+    return [objects[int(position)] for position in np.linspace(0, len(objects) - 1, most).round()]
+
+
+def _first(skipped: dict[str, str]) -> str:
+    return next(iter(skipped.values()), "Look at the tasks' images.")
+
+
+def _reported(examples: Iterable[Visited], tell: Callable[[int], None]) -> Iterator[Visited]:
+    for number, example in enumerate(examples, 1):
+        yield example
+        tell(number)
+
+
+class _Reporter:
+    """Progress to Redis, where somebody may look, and now and then to the log."""
+
+    def __init__(self, project: int, current: Runtime) -> None:
+        self._project, self._client = project, current.redis
+        self._logged = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._client is not None:
+            value = json.dumps({"stage": stage, "done": done, "total": total})
+            try:
+                self._client.set(f"{PROGRESS_KEY}{self._project}", value, ex=600)
+            except redis.RedisError as error:
+                log.debug("progress is not told: %s", error)
+        if done == total or time.monotonic() - self._logged > 10:
+            self._logged = time.monotonic()
+            log.info("project %d: %s, %d of %d objects", self._project, stage, done, total)
