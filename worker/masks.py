@@ -17,14 +17,15 @@ from worker.contract import Click, Prompts
 from worker.decode import Frame
 
 Mask = npt.NDArray[np.bool_]
+Weights = npt.NDArray[np.float32]
 
 #: Specks and holes below this many low-resolution cells, or this share of the mask, are not the annotator's intention.
 SPECK_CELLS = 8
 SPECK_SHARE = 0.001
 #: Radius of the repair around a click that the mask contradicts, in low-resolution cells.
 REPAIR_CELLS = 1.5
-#: Rows of the output that are computed at a time.
-BAND = 256
+#: Rows of the output that are computed at a time: a few low-resolution rows of a large image.
+BAND = 128
 
 
 def to_mask(logits: Tensor, frame: Frame, prompts: Prompts, size: tuple[int, int] | None = None) -> Mask:
@@ -66,22 +67,28 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
     """Threshold logits (h, w) at full size: bool of `size` (height, width), equal to `Sam.postprocess_masks` > 0.
 
     Bilinear interpolation is separable, so columns are interpolated first, and rows are sums of a few of the results:
-    a small matrix product for each band of rows, only where the mask can be.
+    a small matrix product for each band of rows. An interpolated value has the sign of the values it lies between
+    where these agree, so on a CPU only the columns of a band in which both signs occur are computed.
     """
     wide = _resize_last_axis(logits, frame.image_size, frame.input_size[1], size[1])
-    mask = torch.zeros(size, dtype=torch.bool, device=logits.device)
-    columns = (wide > 0).any(dim=0).nonzero()
-    if columns.numel():
-        # An interpolated value is positive only beside a positive one.
-        left, right = int(columns[0]), int(columns[-1]) + 1
-        wide = wide[:, left:right].contiguous()
-        filled = (wide > 0).any(dim=1).tolist()
-        bands = _row_bands(frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0], logits.device)
-        for top, bottom, low, weights in bands:
-            high = low + weights.shape[1]
-            if any(filled[low:high]):
-                mask[top:bottom, left:right] = (weights @ wide[low:high]) > 0
-    return mask.cpu().numpy()
+    shape = (frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0])
+    if logits.device.type != "cpu":
+        return _to_host(_row_weights(*shape, logits.device) @ wide > 0)
+    values = wide.numpy()
+    positive = values > 0
+    mask = np.zeros(size, np.bool_)
+    for top, bottom, low, weights in _row_bands(*shape):
+        high = low + weights.shape[1]
+        count = positive[low:high].sum(axis=0, dtype=np.uint16)
+        # 0: outside, 1: to be computed, 2: inside.
+        kind = (count > 0).view(np.uint8) + (count == high - low).view(np.uint8)
+        edges = np.flatnonzero(kind[1:] != kind[:-1]) + 1
+        for left, right in pairwise([0, *edges.tolist(), kind.size]):
+            if kind[left] == 2:
+                mask[top:bottom, left:right] = True
+            elif kind[left] == 1:
+                np.greater(weights @ values[low:high, left:right], 0, out=mask[top:bottom, left:right])
+    return mask
 
 
 def _resize_last_axis(values: Tensor, image_size: int, input_length: int, length: int) -> Tensor:
@@ -91,18 +98,31 @@ def _resize_last_axis(values: Tensor, image_size: int, input_length: int, length
 
 
 @lru_cache(maxsize=16)
-def _row_bands(
-    lowres: int, image_size: int, input_length: int, length: int, device: torch.device
-) -> list[tuple[int, int, int, Tensor]]:
-    """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
+def _row_weights(lowres: int, image_size: int, input_length: int, length: int, device: torch.device) -> Tensor:
+    """(length, lowres): what each low-resolution row contributes to each output row."""
     with torch.inference_mode(False), torch.no_grad():
-        weights = _resize_last_axis(torch.eye(lowres), image_size, input_length, length).T
-        bands = []
-        for top, bottom in pairwise([*range(0, length, BAND), length]):
-            used = weights[top:bottom].any(dim=0).nonzero()
-            low, high = int(used[0]), int(used[-1]) + 1
-            bands.append((top, bottom, low, weights[top:bottom, low:high].contiguous().to(device)))
-        return bands
+        return _resize_last_axis(torch.eye(lowres), image_size, input_length, length).T.contiguous().to(device)
+
+
+@lru_cache(maxsize=16)
+def _row_bands(lowres: int, image_size: int, input_length: int, length: int) -> list[tuple[int, int, int, Weights]]:
+    """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
+    weights = _row_weights(lowres, image_size, input_length, length, torch.device("cpu")).numpy()
+    bands = []
+    for top, bottom in pairwise([*range(0, length, BAND), length]):
+        used = np.flatnonzero(weights[top:bottom].any(axis=0))
+        low, high = int(used[0]), int(used[-1]) + 1
+        bands.append((top, bottom, low, np.ascontiguousarray(weights[top:bottom, low:high])))
+    return bands
+
+
+def _to_host(mask: Tensor) -> Mask:
+    """A mask from the device, through pinned memory where that is quicker."""
+    if mask.device.type != "cuda":
+        return mask.cpu().numpy()
+    host = torch.empty(mask.shape, dtype=torch.bool, pin_memory=True)
+    host.copy_(mask)
+    return host.numpy()
 
 
 def _small_parts(region: Mask, connectivity: int, limit: float, keep: list[tuple[int, int]]) -> Mask:
