@@ -184,8 +184,9 @@ class RqRunner:
                 raise too_late(deadline_s)
             try:
                 found = self._read(attempts, min(POLL_S, deadline - now))
-                if found is not None:
-                    return self._answer(*found)
+                answer = self._answer(*found) if found is not None else None
+                if answer is not None:
+                    return answer
                 view = self._view(attempts[-1])
                 now, outage_since = time.monotonic(), None
                 lost_since = None if view.queued or view.carried else lost_since or now
@@ -273,9 +274,13 @@ class RqRunner:
         if b"superseded" in fields:
             raise superseded()
         result = Result.restore(job_id, "0-0", dict(fields), connection=self._redis, serializer=JSONSerializer)
-        if result.type != Result.Type.SUCCESSFUL:
-            raise worker_failed((result.exc_string or "no reason given").strip().rpartition("\n")[2], job_id)
-        return to_result(result.return_value)
+        if result.type == Result.Type.SUCCESSFUL:
+            return to_result(result.return_value)
+        reason = (result.exc_string or "no reason given").strip().rpartition("\n")[2]
+        if "AbandonedJobError" in reason:
+            self._redis.delete(_result_key(job_id))
+            return None
+        raise worker_failed(reason, job_id)
 
     def _drop(self, job_id: str) -> None:
         """Take a job that nobody waits for any more out of the queue."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from rq import Queue as RqQueue
+from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from ml_backend.jobs import JobFailed
@@ -292,6 +293,29 @@ def test_clicks_go_before_images_to_encode(runner: RqRunner, workers: Workers) -
     until(lambda: carried(runner))
     assert runner.segment(click("a"), deadline_s=20).area == 7
     assert runner.status()["queues"]["embed"] > 10
+
+
+def test_a_clock_that_jumps_on_another_machine_fails_no_click(
+    runner: RqRunner, workers: Workers, redis_url: str
+) -> None:
+    """Forward in Redis: all that has a lifetime is gone. Forward in another worker: RQ's clean-up gives up the job."""
+    workers.start()
+    ready(runner, 1)
+    with redis.Redis.from_url(redis_url) as client, ThreadPoolExecutor(2) as pool:
+        begun = pool.submit(runner.segment, click("sleep:1.5"), deadline_s=40)
+        until(lambda: carried(runner))
+        waiting = pool.submit(runner.segment, click("a", 3), deadline_s=40)
+        until(lambda: runner.status()["queues"]["interactive"] == 1)
+        gone = [name for name in client.scan_iter() if client.pttl(name) > 0]
+        assert any(name.startswith(b"rq:job:") for name in gone)
+        client.delete(*gone)
+        assert (begun.result().area, waiting.result().area) == (7, 3)
+        answer = pool.submit(runner.segment, click("sleep:1.5"), deadline_s=40)
+        until(lambda: carried(runner))
+        started = StartedJobRegistry("interactive", connection=client, serializer=JSONSerializer)
+        started.cleanup(timestamp=time.time() + 86400)
+        assert answer.result().area == 7
+    assert runner.segment(click("next"), deadline_s=10).area == 7
 
 
 class Redis:
