@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 
 from ml_backend import auth, labeling_config
 from ml_backend.body import read_json, without_masks
-from ml_backend.clicks import AnsweredClick, ClickLog
+from ml_backend.clicks import AnsweredClick, ClickLog, clock
 from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.heads_in_use import model_version, model_versions
@@ -178,7 +178,7 @@ class _AfterTheAnswer:
 
         @after_this_request
         def log_when_sent(response: Response) -> Response:
-            response.call_on_close(lambda: self._clicks.answered(replace(click, answered=time.time())))
+            response.call_on_close(lambda: self._clicks.answered(replace(click, answered=clock.now())))
             return response
 
 

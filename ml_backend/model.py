@@ -19,7 +19,7 @@ import flask
 
 from ml_backend import labeling_config, prompts, regions
 from ml_backend.arms import Arm
-from ml_backend.clicks import AnsweredClick, seen_regions
+from ml_backend.clicks import AnsweredClick, clock, seen_regions
 from ml_backend.clicks.record import record, session_key
 from ml_backend.errors import RequestError
 from ml_backend.heads_in_use import model_version
@@ -107,7 +107,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         `label_config` and `project` may be given; other servers keep the former in the model.
         Raises ConfigError, RequestError, and what the runner raises.
         """
-        received = time.time()
+        received = clock.now()
         settings, runner = self._own or _shared_runner()
         tasks = _checked(tasks)
         label_config = kwargs.get("label_config") or _from_request("label_config") or self._label_config_of_setup()
@@ -154,7 +154,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         except Exception as exc:
             if experiment is not None and arm is not None:
                 failed = record(
-                    task, session, job, arm, received=received, answered=time.time(), head=settings.head, error=str(exc)
+                    task, session, job, arm, received=received, answered=clock.now(), head=settings.head, error=str(exc)
                 )
                 experiment.answered(failed)
             raise
@@ -170,7 +170,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
                 job,
                 arm,
                 received=received,
-                answered=time.time(),
+                answered=clock.now(),
                 head=settings.head,
                 result=result,
                 answer=answer,
