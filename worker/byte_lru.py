@@ -18,13 +18,16 @@ class ByteLRU(Generic[K, V]):
         self.max_bytes = max_bytes
         self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._bytes = 0
+        self._hits = self._misses = 0
         self._lock = Lock()
 
     def get(self, key: K) -> V | None:
         """The value, which becomes the most recently used one, or None."""
         with self._lock:
             if key not in self._entries:
+                self._misses += 1
                 return None
+            self._hits += 1
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
@@ -54,6 +57,17 @@ class ByteLRU(Generic[K, V]):
     def size(self) -> int:
         """Sum of the sizes of what is kept."""
         return self._bytes
+
+    def usage(self) -> dict[str, int]:
+        """`bytes` of `max_bytes`, `entries`, and how often something was found (`hits`) and not (`misses`)."""
+        with self._lock:
+            return {
+                "bytes": self._bytes,
+                "max_bytes": self.max_bytes,
+                "entries": len(self._entries),
+                "hits": self._hits,
+                "misses": self._misses,
+            }
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -15,7 +15,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,7 +29,15 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from worker.contract import JOB_FUNCTIONS, WORKER_KEY, WORKERS_KEY, Queue, RuntimeOptions
+from worker.contract import (
+    JOB_FUNCTIONS,
+    JOBS_KEY,
+    WORKER_KEY,
+    WORKERS_KEY,
+    Queue,
+    RuntimeOptions,
+    outcome_of,
+)
 from worker.preemption import letting_through
 
 log = logging.getLogger(__name__)
@@ -40,6 +49,8 @@ ALIVE_MS = 1200
 WORKER_TTL_S = 30
 MAINTENANCE_S = 30
 RQ_BEAT_S = 5.0
+#: How old what the worker says of itself may be, seconds.
+FACTS_S = 2.0
 #: A worker without work notices SIGTERM after this time at most, seconds.
 DEQUEUE_S = 1
 FIRST_WAIT_S = 0.2
@@ -67,6 +78,9 @@ class Heartbeat:
         self._limit_s: float | None = None
         self._job: str | None = None
         self._paused: tuple[str, ...] = ()
+        self._facts: Callable[[], dict[str, Any]] = dict
+        self._known: tuple[float, dict[str, Any]] = (-FACTS_S, {})
+        self._outcomes: deque[tuple[str, str, str, float]] = deque(maxlen=1000)
         self._since = time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -82,6 +96,15 @@ class Heartbeat:
     def failed(self, reason: str) -> None:
         """The worker lives and takes no jobs, and this sentence says why."""
         self._state, self._reason = "failed", reason
+
+    def knows(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """From now on say also what `facts()` returns: versions, device, caches; see `worker.facts`."""
+        self._facts = facts
+
+    def count(self, queue: str, outcome: str, said: str) -> None:
+        """Say with the next sign of life what became of a job; see `contract.JOBS_KEY`."""
+        with self._lock:
+            self._outcomes.append((queue, outcome, said, time.time()))
 
     def carry(self, job_id: str | None, limit_s: float | None = None) -> None:
         """Say at once, not with the next beat, which job is carried now. `limit_s`: when its time is up, if ever."""
@@ -121,17 +144,27 @@ class Heartbeat:
                 "paused": self._paused,
                 "age_s": round(age, 3) if self._job else None,
                 "reason": self._reason,
+                "facts": self._known[1],
             }
             try:
                 with self._redis.pipeline(transaction=False) as pipe:
                     pipe.set(WORKER_KEY + self._name, json.dumps(value), px=ALIVE_MS)
                     pipe.sadd(WORKERS_KEY, self._name)
+                    for queue, outcome, said, when in self._outcomes:
+                        pipe.hincrby(JOBS_KEY + queue, outcome)
+                        pipe.hset(JOBS_KEY + queue, mapping={f"last_{outcome}": when, f"said_{outcome}": said})
                     pipe.execute()
+                self._outcomes.clear()
             except redis.RedisError as error:
                 log.debug("no sign of life: %s", type(error).__name__)
 
     def _run(self) -> None:
         while True:
+            if time.monotonic() - self._known[0] >= FACTS_S:
+                try:
+                    self._known = time.monotonic(), self._facts()
+                except Exception as error:  # a device that is broken; the work itself says so better
+                    log.debug("this worker does not know itself: %s", error)
             self._beat()
             if self._stop.wait(BEAT_S):
                 return
@@ -148,8 +181,21 @@ class ModelJob(Job):
 
     success_callback = failure_callback = stopped_callback = None
 
+    #: What became of it, and the words for that; see `contract.JOBS_KEY`.
+    outcome = ("failed", "the function is none that a worker may run")
+
     def send_webhooks(self, *_: Any, **__: Any) -> None:
         """Nothing is sent."""
+
+    def perform(self) -> Any:
+        try:
+            answer = super().perform()
+        except BaseException as error:
+            # Its words may hold anything; they are in the log.
+            self.outcome = ("failed", f"{type(error).__name__}; the worker's log has {self.id}.")
+            raise
+        self.outcome = outcome_of(answer)
+        return answer
 
 
 class ModelWorker(SimpleWorker):
@@ -219,6 +265,7 @@ class ModelWorker(SimpleWorker):
         try:
             super().execute_job(job, queue)
         finally:
+            self._heartbeat.count(queue.name, *job.outcome)
             self._heartbeat.carry(None)
 
     def perform_job(self, job: Any, queue: Any, execution: Any) -> bool:
@@ -349,6 +396,7 @@ def _load(options: RuntimeOptions, heartbeat: Heartbeat) -> None:
             heartbeat.failed(str(error) if foreseen else f"{type(error).__name__}, see the worker's log.")
             time.sleep(LOAD_AGAIN_S)
         else:
+            heartbeat.knows(importlib.import_module("worker.facts").facts)
             heartbeat.ready()
             return
 

@@ -64,6 +64,7 @@ def install() -> None:
     tasks, runtime = types.ModuleType("worker.tasks"), types.ModuleType("worker.runtime")
     tasks.segment, tasks.embed = segment, embed  # type: ignore[attr-defined]
     runtime.configure, runtime.warm_up = lambda options: None, warm_up  # type: ignore[attr-defined]
+    runtime.loaded = lambda: None  # type: ignore[attr-defined]
     sys.modules["worker.tasks"], sys.modules["worker.runtime"] = tasks, runtime
 
 
