@@ -7,9 +7,9 @@ it and looks like it, so the logit gets a second term, g(x) ~ GP(0, k) with
 
 x, y places in units of the frame's longer side, c(x) the colour (RGB in [0, 1]) at x. Given labels at the clicks alone,
 the posterior mean of g lies in the span of k(., click). So each click gives every pixel one more feature, and g joins
-the linear head (subset of regressors; Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, 8.3.1).
-Its variance is then that within the span: far from every click g is taken to be 0 instead of unknown. That is on
-purpose: with the full variance all that is far away is doubtful, and predictions were worse (docs/results/proposals.md).
+the linear head (subset of regressors; Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, section
+8.3.1). Its variance is then that within the span: far from every click g is taken to be 0 instead of unknown. That is
+on purpose: with the full variance all that is far is doubtful, and predictions were worse (docs/results/proposals.md).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ JITTER = 1e-4
 
 @dataclass(frozen=True)
 class ClickKernel:
-    """The kernel at k clicks: anchors (k, 5), place and colour in units of their lengths; root (k, k), lower Cholesky."""
+    """The kernel at k clicks: anchors (k, 5), place and colour in units of their lengths; root (k, k), Cholesky."""
 
     anchors: Tensor
     root: Tensor

@@ -17,8 +17,8 @@ from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import Embedding, encode
 from worker.head import predictive
-from worker.head.kernel import AMPLITUDE
 from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
+from worker.head.kernel import AMPLITUDE
 from worker.head.linear import sam_centred
 from worker.proposer import Proposer
 
