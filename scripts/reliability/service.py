@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import requests
 from ml_backend import processes
 from ml_backend.rq_runner import RqRunner
 
+BALD_SAM = [sys.executable, "-m", "ml_backend.cli"]
 #: A worker that ended is started again after this time, seconds, as `restart: always` would do.
 RESTART_S = 0.2
 #: Long enough to import PyTorch on a busy machine, seconds.
@@ -36,9 +37,16 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        # Signals as they are here: a file that may not grow is an error to tell of, not a reason to die.
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, restore_signals=False)
         with redis.Redis.from_url(self.url) as client:
             wait_for(lambda: _answers(client))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         """kill -9; harmless when it does not run."""
@@ -48,9 +56,14 @@ class RedisServer:
 
 
 class Service:
-    """`bald-sam serve` and `workers` supervised workers with `tiny`, or without workers everything in one process."""
+    """`bald-sam serve` and `workers` supervised workers with `tiny`, or without workers everything in one process.
 
-    def __init__(self, folder: Path, *, workers: int, **environment: str) -> None:
+    `worker`: another command than `bald-sam worker`; the address of Redis is appended.
+    """
+
+    def __init__(
+        self, folder: Path, *, workers: int, worker: Sequence[str | Path] | None = None, **environment: str
+    ) -> None:
         self.folder = folder
         self.redis = RedisServer(folder)
         self.port = processes.free_port()
@@ -59,6 +72,7 @@ class Service:
         # One thread each: several workers share this machine's cores.
         own |= {"OMP_NUM_THREADS": "1", "BALD_SAM_REDIS_URL": self.redis.url if workers else ""}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BALD_SAM_")}
+        self._worker = [*worker, self.redis.url] if worker else [*BALD_SAM, "worker"]
         self._runner = RqRunner(self.redis.url)
         self._environment = inherited | own | environment
         self.workers: list[subprocess.Popen[bytes] | None] = [None] * workers
@@ -69,7 +83,7 @@ class Service:
 
     def __enter__(self) -> Service:
         self.redis.start()
-        self._server = self._run("serve", "--port", str(self.port))
+        self._server = self._run([*BALD_SAM, "serve", "--port", str(self.port)])
         self._supervisor.start()
         wait_for(self.ready)
         return self
@@ -119,6 +133,12 @@ class Service:
         finally:
             self._paused.clear()
 
+    @property
+    def server_pid(self) -> int:
+        """Process id of `bald-sam serve`."""
+        assert self._server is not None
+        return self._server.pid
+
     def server_is_the_same(self) -> bool:
         """Whether the web process has never ended."""
         return self._server is not None and self._server.poll() is None
@@ -127,10 +147,9 @@ class Service:
         """What all processes wrote."""
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
 
-    def _run(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         self.starts += 1
-        with (self.folder / f"{arguments[0]}-{self.starts}.log").open("wb") as log:
-            command = [sys.executable, "-m", "ml_backend.cli", *arguments]
+        with (self.folder / f"process-{self.starts}.log").open("wb") as log:
             return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
     def _supervise(self) -> None:
@@ -139,7 +158,7 @@ class Service:
                 if self._paused.is_set():
                     break
                 if process is None or process.poll() is not None:
-                    self.workers[slot] = self._run("worker")
+                    self.workers[slot] = self._run(self._worker)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
