@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from worker.contract import Click
+
 Mask = NDArray[np.bool_]
 Curve = NDArray[np.float64]
 
@@ -19,6 +21,13 @@ def iou(mask: Mask, truth: Mask, ignore: Mask | None = None) -> float:
         either, both = either & ~ignore, both & ~ignore
     union = np.count_nonzero(either)
     return 1.0 if union == 0 else np.count_nonzero(both) / union
+
+
+def honoured(mask: Mask, clicks: Sequence[Click]) -> float:
+    """Share of the clicks whose pixel has their label in the mask (H, W), clicks in its pixels; 1 without clicks."""
+    height, width = mask.shape
+    kept = [mask[min(int(c.y), height - 1), min(int(c.x), width - 1)] == c.positive for c in clicks]
+    return sum(map(bool, kept)) / len(kept) if kept else 1.0
 
 
 def auc(curve: Curve) -> float:

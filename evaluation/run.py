@@ -26,7 +26,10 @@ from worker.contract import Prompts
 from worker.embeddings import encode
 from worker.proposer import Proposer
 
-COLUMNS = ("dataset", "pair", "strategy", "seed", "click", "x", "y", "positive", "iou", "best_iou", "score", "seconds")
+COLUMNS = (
+    *("dataset", "pair", "strategy", "seed", "click", "x", "y", "positive", "iou", "best_iou", "score", "seconds"),
+    *("gain", "honoured", "honoured_raw"),
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from evaluation.clicker import Mask, answer, first_click, human_like_click, orac
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, LogitsCache, decode, decode_session
+from worker.decode import Decoded, Frame, LogitsCache, decode, decode_session
 from worker.embeddings import Embedding
-from worker.masks import upsample
+from worker.masks import to_mask
 from worker.proposer import Decision, Proposer
 
 Row = dict[str, object]
@@ -84,8 +85,8 @@ class Session:
             decoded = decode_session(self.backbone, self.embedding, prompts, known)
             decision = self.proposer.propose(decoded, prompts, strategy="random", redecode=self.redecode)
             seconds = time.perf_counter() - began
-            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
-            journal.add(click, mask, float("nan"), seconds)
+            mask = to_mask(decision.logits, decoded.frame, prompts)
+            journal.add(click, mask, seconds, prompts, honoured_raw=_honoured(decision.logits, decoded.frame, prompts))
         return journal.padded(count)
 
     def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
@@ -102,12 +103,13 @@ class Session:
         watch: Callable[[Prompts, Mask, Decision], None] | None,
     ) -> None:
         rng = np.random.default_rng(_hash(strategy, seed))
-        following: tuple[Click, float] | None = (first_click(self.truth), float("nan"))
+        following: Click | None = first_click(self.truth)
+        score = gain = math.nan
         prompts, previous = Prompts(), None
         for number in range(1, count + 1):
             if following is None:
                 return
-            click, score = following
+            click = following
             began = time.perf_counter()
             prompts = Prompts(clicks=(*prompts.clicks, click))
             decoded = start if number == 1 and start is not None else self.redecode(prompts, previous)
@@ -121,27 +123,28 @@ class Session:
                 maps=watch is not None,
             )
             seconds = time.perf_counter() - began
-            mask = upsample(decision.logits, decoded.frame, decoded.frame.original_size)
-            journal.add(click, mask, score, seconds)
+            mask = to_mask(decision.logits, decoded.frame, prompts)
+            raw = _honoured(decision.logits, decoded.frame, prompts)
+            journal.add(click, mask, seconds, prompts, honoured_raw=raw, score=score, gain=gain)
             if watch is not None:
                 watch(prompts, mask, decision)
             previous = decoded.logits[None]
             if number < count:
                 following = self._next(strategy, mask, prompts, decision, rng)
+                if strategy not in USERS and decision.proposal is not None and decision.gain is not None:
+                    score, gain = decision.proposal.score, decision.gain
 
     def _next(
         self, strategy: str, mask: Mask, prompts: Prompts, decision: Decision, rng: np.random.Generator
-    ) -> tuple[Click, float] | None:
-        """The next click and its score, or None when no place is left (a perfect mask, for users)."""
+    ) -> Click | None:
+        """The next click, or None when no place is left (a perfect mask, for users)."""
         if strategy == "oracle":
-            click = oracle_click(self.truth, mask, prompts.clicks, self.ignore)
-        elif strategy == "human-like":
-            click = human_like_click(self.truth, mask, prompts.clicks, rng, self.ignore)
-        elif decision.proposal is None:
+            return oracle_click(self.truth, mask, prompts.clicks, self.ignore)
+        if strategy == "human-like":
+            return human_like_click(self.truth, mask, prompts.clicks, rng, self.ignore)
+        if decision.proposal is None:
             return None
-        else:
-            return answer(self.truth, decision.proposal.x, decision.proposal.y), decision.proposal.score
-        return None if click is None else (click, float("nan"))
+        return answer(self.truth, decision.proposal.x, decision.proposal.y)
 
     def _one_shot(self, name: str, seed: int, count: int, journal: _Journal) -> None:
         place = baselines.ONE_SHOT.get(name)
@@ -157,16 +160,20 @@ class Session:
         for number in range(1, count + 1):
             began = time.perf_counter()
             clicks = baselines.one_shot_clicks(self.truth, number, place, np.random.default_rng(_hash(name, seed)))
-            decoded = self.redecode(Prompts(clicks=clicks), None)
-            mask = upsample(decoded.logits, decoded.frame, decoded.frame.original_size)
-            journal.add(clicks[-1], mask, float("nan"), time.perf_counter() - began)
+            prompts = Prompts(clicks=clicks)
+            decoded = self.redecode(prompts, None)
+            # The same head as the strategies: what is compared is where the clicks are.
+            logits = self.proposer.propose(decoded, prompts, strategy="random").logits
+            seconds = time.perf_counter() - began
+            mask = to_mask(logits, decoded.frame, prompts)
+            journal.add(clicks[-1], mask, seconds, prompts, honoured_raw=_honoured(logits, decoded.frame, prompts))
 
     def _classical(self, name: str, count: int, journal: _Journal) -> None:
         clicks: tuple[Click, ...] = (first_click(self.truth),)
         for _ in range(count):
             began = time.perf_counter()
             mask = CLASSICAL[name](self.image, clicks)
-            journal.add(clicks[-1], mask, float("nan"), time.perf_counter() - began)
+            journal.add(clicks[-1], mask, time.perf_counter() - began, Prompts(clicks=clicks))
             click = oracle_click(self.truth, mask, clicks, self.ignore)
             if click is None:
                 return
@@ -180,7 +187,18 @@ class _Journal:
     rows: list[Row] = field(default_factory=list)
     best: float = 0.0
 
-    def add(self, click: Click, mask: Mask, score: float, seconds: float) -> None:
+    def add(
+        self,
+        click: Click,
+        mask: Mask,
+        seconds: float,
+        prompts: Prompts,
+        *,
+        honoured_raw: float = math.nan,
+        score: float = math.nan,
+        gain: float = math.nan,
+    ) -> None:
+        """One click later. `prompts`: all so far; `score`, `gain`: what the proposal that led to it promised."""
         quality = metrics.iou(mask, self.truth, self.ignore)
         self.best = max(self.best, quality)
         self.rows.append(
@@ -191,17 +209,32 @@ class _Journal:
                 "positive": int(click.positive),
                 "iou": round(quality, 5),
                 "best_iou": round(self.best, 5),
-                "score": "" if np.isnan(score) else f"{score:.5g}",
+                "score": _text(score),
                 "seconds": round(seconds, 4),
+                "gain": _text(gain),
+                "honoured": _text(metrics.honoured(mask, prompts.clicks)),
+                "honoured_raw": _text(honoured_raw),
             }
         )
 
     def padded(self, count: int) -> list[Row]:
         """`count` rows: where no click was left to make, the mask stays as it is."""
-        nothing = {"x": "", "y": "", "positive": "", "score": "", "seconds": 0.0}
+        nothing = {"x": "", "y": "", "positive": "", "score": "", "seconds": 0.0, "gain": ""}
         while len(self.rows) < count:
             self.rows.append({**self.rows[-1], **nothing, "click": len(self.rows) + 1})
         return self.rows
+
+
+def _honoured(logits: Tensor, frame: Frame, prompts: Prompts) -> float:
+    """Share of the clicks that the logits' own sign answers, before the mask is repaired around those it does not."""
+    inside = (logits > 0).cpu().numpy()
+    at = [frame.to_lowres(click.x, click.y) for click in prompts.clicks]
+    cells = (Click(x=col, y=row, positive=c.positive) for (col, row), c in zip(at, prompts.clicks, strict=True))
+    return metrics.honoured(inside, tuple(cells))
+
+
+def _text(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.5g}"
 
 
 def _hash(*parts: object) -> int:

@@ -1,7 +1,7 @@
 """When to stop proposing: the trade between clicks saved and IoU lost, read off a finished evaluation.
 
-The score beside click t is what the strategy promised when it proposed that click, so stopping at threshold s means
-that the session ends before the first click whose score is below s.
+The gain beside click t is what was expected of that click when it was proposed (`worker.acquisition.stopping`), so
+stopping at threshold g means that the session ends before the first click that was expected to gain less than g.
 """
 
 from __future__ import annotations
@@ -23,19 +23,14 @@ class Trade:
 
 
 def trades(clicks: pd.DataFrame, strategy: str, *, count: int = 60) -> list[Trade]:
-    """The trade at `count` thresholds (quantiles of the scores), lowest first. Raises ValueError without sessions."""
-    ious, scores = _sessions(clicks, strategy)
-    thresholds = np.unique(np.quantile(scores[:, 1:], np.linspace(0.0, 1.0, count)))
-    found = []
-    for threshold in thresholds:
-        below = scores < threshold
-        below[:, 0] = False  # the first click was not proposed
-        made = np.where(below.any(1), below.argmax(1), scores.shape[1])
-        final = ious[np.arange(len(ious)), made - 1]
-        found.append(
-            Trade(float(threshold), float(1 - made.mean() / scores.shape[1]), float((ious[:, -1] - final).mean()))
-        )
-    return found
+    """The trade at `count` thresholds (quantiles of the gains), lowest first. Raises ValueError without sessions."""
+    ious, gains = _sessions(clicks, strategy)
+    return [_trade(ious, gains, float(g)) for g in np.unique(np.quantile(gains[:, 1:], np.linspace(0.0, 1.0, count)))]
+
+
+def trade_at(clicks: pd.DataFrame, strategy: str, threshold: float) -> Trade:
+    """What stopping at `threshold`, calibrated elsewhere, saves and costs here. Raises ValueError without sessions."""
+    return _trade(*_sessions(clicks, strategy), threshold)
 
 
 def choose(found: list[Trade], *, most_lost: float = 0.005) -> Trade:
@@ -43,14 +38,22 @@ def choose(found: list[Trade], *, most_lost: float = 0.005) -> Trade:
     return max((t for t in found if t.lost <= most_lost), key=lambda t: t.saved)
 
 
+def _trade(ious: NDArray[np.float64], gains: NDArray[np.float64], threshold: float) -> Trade:
+    below = gains < threshold
+    below[:, 0] = False  # the first click was not proposed
+    made = np.where(below.any(1), below.argmax(1), gains.shape[1])
+    final = ious[np.arange(len(ious)), made - 1]
+    return Trade(threshold, float(1 - made.mean() / gains.shape[1]), float((ious[:, -1] - final).mean()))
+
+
 def _sessions(clicks: pd.DataFrame, strategy: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """IoU and scores, (sessions, clicks); a click that was not made has score 0, the first has infinity."""
+    """IoU and gains, (sessions, clicks); a click that was not made has gain 0, the first has infinity."""
     rows = clicks[clicks["strategy"] == strategy]
     if rows.empty:
         raise ValueError(f"There is no session of {strategy!r} in these clicks.")
     keys = ["dataset", "pair", "seed"]
     ious = rows.pivot_table(index=keys, columns="click", values="iou").to_numpy(float)
-    rows = rows.assign(score=rows["score"].fillna(0.0))
-    values = rows.pivot_table(index=keys, columns="click", values="score").to_numpy(float).copy()
+    rows = rows.assign(gain=pd.to_numeric(rows["gain"]).fillna(0.0))
+    values = rows.pivot_table(index=keys, columns="click", values="gain").to_numpy(float).copy()
     values[:, 0] = np.inf
     return ious, values

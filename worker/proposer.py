@@ -16,7 +16,7 @@ from torch import Tensor
 from worker import acquisition
 from worker.acquisition.candidates import allowed_pixels, best_pixel
 from worker.acquisition.state import State
-from worker.acquisition.stopping import StoppingRule
+from worker.acquisition.stopping import StoppingRule, expected_gain
 from worker.contract import Prompts, Proposal
 from worker.head import predictive
 from worker.head.features import coarse, pixel_features
@@ -34,6 +34,7 @@ class Decision:
     `logits`: (h, w) float32, the mask to show, in the low-resolution frame of the `Decoded` it came from.
     `proposal`: the next click in original pixels, or None, and then `stopped` says why in words.
     `expected_iou`: what the posterior expects the mask to reach, see `predictive.expected_iou`.
+    `gain`: what the best click is expected to gain, see `stopping.expected_gain`; None where no place is left.
     `maps`: score, bald, entropy, probability as float32 arrays over the (coarser) grid of proposals, when asked for.
     """
 
@@ -41,6 +42,7 @@ class Decision:
     proposal: Proposal | None
     stopped: str | None
     expected_iou: float
+    gain: float | None = None
     maps: dict[str, NDArray[float32]] = field(default_factory=dict)
 
 
@@ -97,8 +99,8 @@ class Proposer:
         )
         score = chosen.score(state)
         pixel = best_pixel(score, state.allowed)
-        best = None if pixel is None else float(score[pixel])
-        stopped = StoppingRule(self.head.stop.get(chosen.name) if self.stop else None).reason(best)
+        gain = None if pixel is None else expected_gain(state.probability, state.shown > 0, state.valid, pixel)
+        stopped = StoppingRule(self.head.stop.get(chosen.name) if self.stop else None).reason(gain)
         proposal = None
         if pixel is not None and stopped is None:
             row, col = pixel
@@ -115,7 +117,7 @@ class Proposer:
         if self.head.shows == "head":
             logits = state.head_logits()
         expected = predictive.expected_iou(state.probability[state.valid], state.shown[state.valid] > 0)
-        return Decision(logits, proposal, stopped, expected, _maps(state, score) if maps else {})
+        return Decision(logits, proposal, stopped, expected, gain, _maps(state, score) if maps else {})
 
 
 def _seed(prompts: Prompts, seed: int) -> int:

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from evaluation.stopping import choose, trades
+from evaluation.stopping import choose, trade_at, trades
 
 
 def clicks(sessions: list[tuple[list[float], list[float]]]) -> pd.DataFrame:
     rows = [
-        {"dataset": "d", "pair": f"p{n}", "seed": 0, "strategy": "s", "click": t + 1, "iou": iou, "score": score}
+        {"dataset": "d", "pair": f"p{n}", "seed": 0, "strategy": "s", "click": t + 1, "iou": iou, "gain": gain}
         for n, (ious, scores) in enumerate(sessions)
-        for t, (iou, score) in enumerate(zip(ious, scores, strict=True))
+        for t, (iou, gain) in enumerate(zip(ious, scores, strict=True))
     ]
     return pd.DataFrame(rows)
 
@@ -23,6 +23,7 @@ def test_trade_by_hand() -> None:
     at = found[0.6]
     assert at.saved == pytest.approx(1 - (2 + 4) / 8)
     assert at.lost == pytest.approx(((0.7 - 0.8) + 0.0) / 2)
+    assert trade_at(data, "s", 0.6) == at
     nothing = found[0.2]
     assert nothing.saved == 0 and nothing.lost == 0
 

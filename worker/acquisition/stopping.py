@@ -1,23 +1,64 @@
-"""When no further click is worth making."""
+"""When no further click is worth making.
+
+A score says how much a place is in doubt; it stays high as long as any single place is. What ends a session is that
+nothing large is in doubt any more: the best click could only change a small part of the mask.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Scores are comparable only within one strategy and head, so thresholds are kept by strategy.
-THRESHOLDS: dict[str, float] = {}
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+#: A place is in doubt when the label shown there is wrong with at least this probability.
+DOUBT = 0.25
+
+
+def expected_gain(probability: Tensor, shown: Tensor, valid: Tensor, pixel: tuple[int, int]) -> float:
+    """What a click at `pixel` is expected to mend, as a part of the union of mask and object.
+
+    The click settles the doubtful region around it (4-connected pixels that are wrong with at least `DOUBT`); the
+    expected number of wrong pixels there is divided by the expected union |M| + E|Y - M|.
+
+    Args:
+        probability: (h, w) float, P(inside).
+        shown: (h, w) bool, the mask on screen.
+        valid: (h, w) bool, pixels that lie on the image.
+        pixel: (row, col) of the click.
+
+    Returns:
+        Between 0 and 1; 0 where the place is not in doubt.
+    """
+    wrong = torch.where(valid, torch.where(shown, 1.0 - probability, probability), 0.0)
+    doubtful = (wrong >= DOUBT).cpu().numpy().astype(np.uint8)
+    if not doubtful[pixel]:
+        return 0.0
+    _count, labels = cv2.connectedComponents(doubtful, connectivity=4)
+    region = torch.from_numpy(labels == labels[pixel]).to(wrong.device)
+    mended = float(wrong[region].sum())
+    union = float((shown & valid).sum()) + float(probability[valid & ~shown].sum())
+    return mended / union
 
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """Stop when the best score falls under `threshold`; `None` never stops."""
+    """Stop when the best click is expected to gain less than `threshold`; `None` never stops.
+
+    Thresholds are calibrated for each head and strategy by `evaluation.stopping` when a head is trained.
+    """
 
     threshold: float | None = None
 
-    def reason(self, score: float | None) -> str | None:
-        """Why there is nothing to propose, in words for the annotator, or None when there is."""
-        if score is None:
+    def reason(self, gain: float | None) -> str | None:
+        """Why there is nothing to propose, in words for the annotator, or None when there is. `gain` None: no place."""
+        if gain is None:
             return "Every place on the image is next to an earlier click."
-        if self.threshold is not None and score < self.threshold:
-            return f"The mask looks settled: the best next click promises {score:.3g}, under {self.threshold:.3g}."
+        if self.threshold is not None and gain < self.threshold:
+            return (
+                f"The mask looks settled: the best next click is expected to change {gain:.2%} of it, "
+                f"under {self.threshold:.2%}."
+            )
         return None

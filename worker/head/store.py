@@ -28,7 +28,7 @@ class Head:
     """A linear head and its posterior.
 
     `shows`: "sam" when the mask that is returned is SAM's own, "head" when it is the head's.
-    `stop`: strategy name -> score under which no click is proposed.
+    `stop`: strategy name -> expected gain (`acquisition.stopping`) under which no click is proposed.
     """
 
     id: str
