@@ -12,12 +12,15 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
+from rq.timeouts import JobTimeoutException
 
+from ml_backend.cancel import Cancellable
+from ml_backend.job_counts import JobCounts, described
 from ml_backend.settings import Settings
 from worker import contract
 from worker.contract import (
@@ -40,8 +43,6 @@ from worker.contract import (
 
 log = logging.getLogger(__name__)
 
-#: Clicks that may wait at once; more annotators than a worker can serve are told so instead of waiting for nothing.
-MAX_WAITING = 64
 #: Images that may wait to be encoded ahead; more are dropped, for they cost only the time they would have saved.
 MAX_EMBED_WAITING = 256
 
@@ -85,7 +86,8 @@ class Runner(Protocol):
         and then where it is known. Raises JobFailed."""
 
     def status(self) -> dict[str, Any]:
-        """`runner`, `queues` (waiting jobs by queue), `workers`, `running` (job, age in seconds)."""
+        """`runner`, `queues` (waiting jobs by queue), `workers` (and what they say of themselves), `running` (job, age
+        in seconds), `jobs`: by queue the age of the one that waits longest, and `job_counts.described`."""
 
     def close(self) -> None:
         """Take no more work; what runs is not waited for."""
@@ -96,8 +98,8 @@ def make_runner(settings: Settings) -> Runner:
     if settings.redis_url:
         from ml_backend.rq_runner import RqRunner
 
-        return RqRunner(settings.redis_url.get_secret_value())
-    return InProcessRunner(settings.runtime_options())
+        return RqRunner(settings.redis_url.get_secret_value(), max_waiting=settings.max_waiting)
+    return InProcessRunner(settings.runtime_options(), max_waiting=settings.max_waiting)
 
 
 def image_key(image: ImageRef) -> str:
@@ -183,6 +185,8 @@ class _Task:
     answer: Any = field(default=None, compare=False)
     error: JobFailed | None = field(default=None, compare=False)
     dropped: bool = field(default=False, compare=False)
+    created: float = field(default_factory=time.monotonic, compare=False)
+    running: Cancellable | None = field(default=None, compare=False)
 
 
 _PRIORITY = {name: number for number, name in enumerate(Queue)}
@@ -197,8 +201,9 @@ class InProcessRunner:
     layer of an image of a batch. Imports the worker when the first job comes, so the web process starts without torch.
     """
 
-    def __init__(self, options: RuntimeOptions, *, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, options: RuntimeOptions, *, max_waiting: int = 64) -> None:
         self._options = options
+        self._counts = JobCounts()
         self._max_waiting = max_waiting
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -228,6 +233,8 @@ class InProcessRunner:
                 self._drop(task, too_late(deadline_s))
                 if self._waiting.get(key) is task:
                     del self._waiting[key]
+                if task.running is not None:  # nobody waits for it any more, and others wait behind it
+                    task.running.cancel()
             raise too_late(deadline_s)
         if task.error is not None:
             raise task.error
@@ -288,14 +295,27 @@ class InProcessRunner:
         return task
 
     def status(self) -> dict[str, Any]:
+        now = time.monotonic()
         with self._lock:
-            keys = list(self._waiting)
+            created: dict[Queue, list[float]] = {name: [] for name in Queue}
+            for task in self._waiting.values():
+                created[list(Queue)[task.priority]].append(task.created)
             running = self._running
+        worker: dict[str, Any] = {"name": "in-process", "state": "idle", "queues": list(Queue)}
+        if self._configured:
+            worker |= {"state": "ready", "facts": importlib.import_module("worker.facts").facts()}
+        if running is not None:
+            worker |= {"job": running[0].key, "age_s": round(now - running[1], 3)}
         return {
             "runner": "in-process",
-            "queues": {str(name): sum(key.startswith(f"{name}:") for key in keys) for name in Queue},
-            "workers": [{"name": "in-process", "state": "ready" if self._configured else "idle"}],
-            "running": [{"job": running[0].key, "age_s": time.monotonic() - running[1]}] if running else [],
+            "queues": {str(name): len(times) for name, times in created.items()},
+            "workers": [worker],
+            "running": [{"job": running[0].key, "age_s": now - running[1]}] if running else [],
+            "jobs": {
+                str(name): {"oldest_s": round(now - min(times), 3) if times else None}
+                | described(self._counts.of(name))
+                for name, times in created.items()
+            },
         }
 
     def close(self) -> None:
@@ -325,15 +345,35 @@ class InProcessRunner:
             if self._waiting.get(task.key) is task:
                 del self._waiting[task.key]
             outer, self._running = self._running, (task, time.monotonic())
+        name = list(Queue)[task.priority]
         try:
-            with self._letting_through(task.priority) if task.priority >= _LONG else nullcontext():
+            with self._letting_through(task.priority) if task.priority >= _LONG else self._cancellable(task):
                 task.answer = self._call(task.function, task.argument)
+        except JobTimeoutException:
+            log.warning("%s was ended: its time was up", task.function)
+            self._counts.count(name, "failed", "Its time was up.")
         except Exception as error:
             log.exception("%s failed", task.function)
             task.error = worker_failed(repr(error))
+            self._counts.count(name, "failed", f"{type(error).__name__}; the log has it.")
+        else:
+            self._counts.count(name, *contract.outcome_of(task.answer))
         with self._lock:
             self._running = outer
         task.done.set()
+
+    @contextmanager
+    def _cancellable(self, task: _Task) -> Iterator[None]:
+        """For the time of a short task: whoever gives up on it ends it."""
+        with Cancellable(JobTimeoutException) as running:
+            with self._lock:
+                if task.dropped:
+                    raise JobTimeoutException
+                task.running = running
+            try:
+                yield
+            finally:
+                task.running = None
 
     def _letting_through(self, priority: int) -> Any:
         """For the time of a long task: what is more urgent is done in the middle of it, when it asks."""

@@ -122,7 +122,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
         if context is None:
             self._encode_ahead(runner, tasks[: 1 + settings.prefetch], config, project)
             return empty
-        session = prompts.parse(context, config)
+        session = prompts.parse(context, config, settings.max_prompts)
         if session is None:
             return empty
         if session.width * session.height > settings.max_image_megapixels * 1_000_000:

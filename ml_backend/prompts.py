@@ -10,8 +10,6 @@ from ml_backend.errors import RequestError
 from ml_backend.labeling_config import BOX_TAGS, POINT_TAGS, Control, LabelingConfig
 from worker.contract import Box, Click, Prompts
 
-#: More prompts than anybody gives one object; it bounds what one request can cost.
-MAX_PROMPTS = 500
 #: Longest side that a page may report, pixels.
 MAX_SIDE = 65_535
 
@@ -44,18 +42,19 @@ def image_name(context: Any) -> str | None:
     return None
 
 
-def parse(context: Any, config: LabelingConfig) -> Session | None:
+def parse(context: Any, config: LabelingConfig, max_prompts: int = 500) -> Session | None:
     """Keep what the annotator gave for the current object; None if nothing of it is a prompt.
 
     Kept are keypoints with `is_positive` and rectangles, of the prompt controls of `config`, on its image. The newest
     prompt decides: of several prompt controls only its own counts (each class has its own), and of several rectangles
-    the newest is the box. Percent of the image become pixels. Raises RequestError (422) in plain sentences.
+    the newest is the box. Percent of the image become pixels. Raises RequestError (422) in plain sentences, also for
+    more than `max_prompts` regions: more than anybody gives one object.
     """
     entries = _entries(context)
-    if len(entries) > MAX_PROMPTS:
+    if len(entries) > max_prompts:
         raise RequestError(
-            f"{len(entries)} regions in one context; at most {MAX_PROMPTS} are read.",
-            "Accept or delete the mask on screen and start the object again.",
+            f"{len(entries)} regions in one context; at most {max_prompts} are read.",
+            "Accept or delete the mask on screen and start the object again, or raise BALD_SAM_MAX_PROMPTS.",
         )
     controls = {c.name: c for c in (*config.points, *config.boxes)}
     kept = [e for e in entries if isinstance(e, dict) and _is_prompt(e, config, controls)]

@@ -14,6 +14,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import redis
@@ -23,10 +24,11 @@ from rq import Queue as RqQueue
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
+from rq.utils import utcparse
 
+from ml_backend.job_counts import described
 from ml_backend.jobs import (
     MAX_EMBED_WAITING,
-    MAX_WAITING,
     JobFailed,
     image_key,
     superseded,
@@ -39,6 +41,7 @@ from ml_backend.rq_batch import RqBatch
 from ml_backend.rq_training import RqTraining
 from worker import contract
 from worker.contract import (
+    JOBS_KEY,
     WORKER_KEY,
     WORKERS_KEY,
     EmbedJob,
@@ -89,7 +92,7 @@ class _View(NamedTuple):
 class RqRunner:
     """Enqueues on RQ queues with the JSON serializer and waits for the result."""
 
-    def __init__(self, redis_url: str, *, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, redis_url: str, *, max_waiting: int = 64) -> None:
         # Failing at once is better than failing late: the loop that waits does the retrying.
         self._redis = redis.Redis.from_url(
             redis_url, socket_connect_timeout=1.0, socket_timeout=5.0, retry=Retry(NoBackoff(), 1)
@@ -145,10 +148,18 @@ class RqRunner:
             with self._redis.pipeline(transaction=False) as pipe:
                 for name in Queue:
                     pipe.llen(self._queues[name].key)
-                lengths = pipe.execute()
+                    pipe.lindex(self._queues[name].key, 0)
+                    pipe.hgetall(JOBS_KEY + name)
+                found = pipe.execute()
+            lengths, first, counts = found[::3], found[1::3], found[2::3]
+            with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in first:
+                    pipe.hget(Job.key_for(_text(job_id or "none")), "created_at")
+                waiting_since = pipe.execute()
             workers = self._workers()
         except redis.RedisError as error:
-            return {"runner": "rq", "error": _redis_failed(error).error, "queues": {}, "workers": [], "running": []}
+            said = _redis_failed(error).error
+            return {"runner": "rq", "error": said, "queues": {}, "workers": [], "running": [], "jobs": {}}
         running = [
             {"job": worker["job"], "worker": name, "age_s": worker.get("age_s")}
             for name, worker in workers.items()
@@ -157,11 +168,13 @@ class RqRunner:
         return {
             "runner": "rq",
             "queues": {str(name): length for name, length in zip(Queue, lengths, strict=True)},
-            "workers": [
-                {"name": name, "state": worker.get("state"), "reason": worker.get("reason")}
-                for name, worker in workers.items()
-            ],
+            "workers": [{"name": name, **worker} for name, worker in workers.items()],
             "running": running,
+            "jobs": {
+                str(name): {"oldest_s": _age_s(since)}
+                | described({_text(key): _text(value) for key, value in ended.items()})
+                for name, since, ended in zip(Queue, waiting_since, counts, strict=True)
+            },
         }
 
     def close(self) -> None:
@@ -312,6 +325,13 @@ class RqRunner:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _age_s(since: bytes | None) -> float | None:
+    """Seconds since a time as RQ writes it."""
+    if since is None:
+        return None
+    return round(max(0.0, (datetime.now(UTC) - utcparse(_text(since))).total_seconds()), 3)
 
 
 def _result_key(job_id: str) -> str:

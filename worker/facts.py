@@ -11,8 +11,6 @@ import sys
 from functools import cache
 from typing import Any
 
-from worker import runtime
-
 #: What decides how an answer comes out, and what an advisory would name.
 PACKAGES = ("bald-sam", "torch", "torchvision", "segment-anything", "laplace-torch", "numpy", "pillow", "redis", "rq")
 
@@ -22,7 +20,8 @@ def facts() -> dict[str, Any]:
     `caches`: `ByteLRU.usage` of `embeddings` and `logits`; on a GPU `device_memory` (bytes in use) and its total."""
     said: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "memory": memory()}
     said["versions"] = versions()
-    current = runtime.loaded()
+    runtime = sys.modules.get("worker.runtime")
+    current = runtime.loaded() if runtime is not None else None
     if current is None:
         return said
     said["caches"] = {"embeddings": current.embeddings.usage(), "logits": current.logits.usage()}
@@ -58,5 +57,8 @@ def versions() -> dict[str, str]:
 def _device_memory(device: Any) -> dict[str, int]:
     import torch
 
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # a device that answers nothing any more; the work itself says so better
+        return {}
     return {"device_memory": total - free, "device_memory_total": total}

@@ -99,7 +99,7 @@ class Heartbeat:
 
     def knows(self, facts: Callable[[], dict[str, Any]]) -> None:
         """From now on say also what `facts()` returns: versions, device, caches; see `worker.facts`."""
-        self._facts = facts
+        self._facts, self._known = facts, (time.monotonic(), facts())
 
     def count(self, queue: str, outcome: str, said: str) -> None:
         """Say with the next sign of life what became of a job; see `contract.JOBS_KEY`."""
@@ -161,10 +161,7 @@ class Heartbeat:
     def _run(self) -> None:
         while True:
             if time.monotonic() - self._known[0] >= FACTS_S:
-                try:
-                    self._known = time.monotonic(), self._facts()
-                except Exception as error:  # a device that is broken; the work itself says so better
-                    log.debug("this worker does not know itself: %s", error)
+                self._known = time.monotonic(), self._facts()
             self._beat()
             if self._stop.wait(BEAT_S):
                 return

@@ -48,6 +48,7 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     tasks, runtime = ModuleType("worker.tasks"), ModuleType("worker.runtime")
     vars(tasks).update(segment=module.segment, embed=module.embed)
     vars(runtime).update(configure=lambda options: vars(module).setdefault("configured", []).append(options))
+    vars(runtime).update(loaded=lambda: None)
     monkeypatch.setitem(sys.modules, "worker.tasks", tasks)
     monkeypatch.setitem(sys.modules, "worker.runtime", runtime)
     return module
@@ -104,6 +105,39 @@ def test_a_late_click_is_refused_and_never_runs(runner: InProcessRunner) -> None
         assert runner.status()["queues"]["interactive"] == 0
         first.result()
     assert runner.segment(click("a"), deadline_s=5).area == 7
+
+
+def test_what_is_late_is_ended_for_those_who_wait_behind_it(runner: InProcessRunner, functions: ModuleType) -> None:
+    ended = threading.Event()
+
+    def endless(job: dict[str, Any]) -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    segment, tasks = functions.segment, sys.modules["worker.tasks"]
+    tasks.segment = lambda job: endless(job) if job["session"] == "endless" else segment(job)  # type: ignore[attr-defined]
+    for _ in range(3):
+        ended.clear()
+        assert refusal(lambda: runner.segment(click("endless"), deadline_s=0.1)).status == 504
+        assert ended.wait(10)
+        assert runner.segment(click("next"), deadline_s=5).area == 7
+    assert runner.status()["jobs"]["interactive"]["failed"]["count"] == 3
+
+
+def test_the_runner_counts_what_became_of_its_jobs(runner: InProcessRunner) -> None:
+    runner.segment(click("a"), deadline_s=5)
+    refusal(lambda: runner.segment(click("fail"), deadline_s=5))
+    refusal(lambda: runner.segment(click("raise"), deadline_s=5))
+    until(lambda: not runner.status()["running"])
+    jobs = runner.status()["jobs"]
+    assert jobs["embed"] == {"oldest_s": None, **{name: {"count": 0} for name in ("done", "refused", "failed")}}
+    ended = jobs["interactive"]
+    assert [ended[name]["count"] for name in ("done", "refused", "failed")] == [1, 1, 1]
+    assert (ended["refused"]["said"], ended["refused"]["age_s"] < 60) == ("No. Try this.", True)
+    assert "secret" not in ended["failed"]["said"]
 
 
 def test_a_full_queue_says_when_to_come_back(runner: InProcessRunner) -> None:
@@ -166,10 +200,7 @@ def test_settings_choose_the_runner(functions: ModuleType, redis_url: str) -> No
     assert embedded.status()["runner"] == "in-process"
     embedded.close()
     remote = make_runner(Settings.model_validate({"redis_url": redis_url}))
-    assert remote.status() == {
-        "runner": "rq",
-        "queues": {"interactive": 0, "embed": 0, "batch": 0, "train": 0},
-        "workers": [],
-        "running": [],
-    }
+    status = remote.status()
+    assert (status["runner"], status["workers"], status["running"]) == ("rq", [], [])
+    assert status["queues"] == {"interactive": 0, "embed": 0, "batch": 0, "train": 0}
     remote.close()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ml_backend.errors import RequestError
 from ml_backend.labeling_config import parse as parse_config
 from ml_backend.labeling_config import recommended_config
-from ml_backend.prompts import MAX_PROMPTS, parse
+from ml_backend.prompts import parse
 
 CONFIG = parse_config(recommended_config(["Car", "Wheel"]))
 PER_CLASS = parse_config(recommended_config(["Car", "Wheel"], per_class=True))
@@ -161,7 +161,7 @@ def test_refused_in_words(entry: dict[str, Any]) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("bad", ["text", 3, [], {"result": "text"}, {"result": [click()] * (MAX_PROMPTS + 1)}])
+@pytest.mark.parametrize("bad", ["text", 3, [], {"result": "text"}, {"result": [click()] * 501}])
 def test_refused_contexts(bad: Any) -> None:
     with pytest.raises(RequestError):
         parse(bad, CONFIG)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import redis
+from click.testing import CliRunner
 from rq import Queue as RqQueue
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
+from ml_backend.cli import main
 from ml_backend.jobs import JobFailed
 from ml_backend.rq_runner import RqRunner
 from worker.contract import Click, EmbedJob, ImageRef, Prompts, SegmentJob
@@ -119,6 +121,29 @@ def test_failures_are_told_in_words(runner: RqRunner, workers: Workers) -> None:
     assert failed.hint.rstrip(".").split()[-1] in workers.logs()
     assert "a secret of the worker" in workers.logs()
     assert runner.segment(click("next"), deadline_s=10).area == 7
+
+
+def test_it_is_counted_what_became_of_jobs_and_how_long_they_wait(runner: RqRunner, workers: Workers) -> None:
+    workers.start()
+    ready(runner, 1)
+    runner.segment(click("a"), deadline_s=10)
+    refusal(lambda: runner.segment(click("fail"), deadline_s=10))
+    refusal(lambda: runner.segment(click("raise"), deadline_s=10))
+
+    def counted() -> list[int]:
+        return [runner.status()["jobs"]["interactive"][name]["count"] for name in ("done", "refused", "failed")]
+
+    until(lambda: counted() == [1, 1, 1])
+    ended = runner.status()["jobs"]["interactive"]
+    assert (ended["refused"]["said"], ended["refused"]["age_s"] < 60) == ("No. Try this.", True)
+    assert "RuntimeError" in ended["failed"]["said"]
+    assert "secret" not in ended["failed"]["said"]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(runner.segment, click(f"sleep:0.6{i}"), deadline_s=20) for i in range(2)]
+        until(lambda: runner.status()["jobs"]["interactive"]["oldest_s"])
+        (worker,) = runner.status()["workers"]
+        assert (worker["state"], worker["queues"][0], worker["facts"]["memory"] > 0) == ("ready", "interactive", True)
+        assert [answer.result().area for answer in answers] == [7, 7]
 
 
 def test_a_later_click_drops_the_waiting_one_at_once(runner: RqRunner, workers: Workers) -> None:
@@ -233,6 +258,26 @@ def test_a_worker_that_cannot_load_its_model_says_why_and_tries_again(
         assert runner.segment(click("b", x), deadline_s=10).area == x
     broken.unlink()
     ready(runner, 2)
+
+
+def test_check_says_whether_a_worker_of_this_machine_is_ready(
+    runner: RqRunner, workers: Workers, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+
+    def check() -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["worker", "--check", "--redis-url", workers.url])
+        return done.exit_code, done.output
+
+    assert check() == (1, "No worker of this machine is alive.\n")
+    workers.start(BROKEN=str(broken))
+    until(lambda: [worker["state"] for worker in runner.status()["workers"]] == ["failed"])
+    assert check()[0] == 1
+    assert "The head is damaged." in check()[1]
+    broken.unlink()
+    ready(runner, 1)
+    assert (check()[0], "ready" in check()[1]) == (0, True)
 
 
 def test_a_job_that_hangs_ends_its_worker(runner: RqRunner, workers: Workers) -> None:
