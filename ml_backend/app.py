@@ -24,6 +24,8 @@ from ml_backend.heads_in_use import model_version, model_versions
 from ml_backend.learning import Learning
 from ml_backend.metrics import Metrics
 from ml_backend.model import BaldSamBackend, project_id
+from ml_backend.prefetch import Prefetch
+from ml_backend.retrieval import Retrieval
 from ml_backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,15 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     backend = BaldSamBackend(settings=settings, runner=runner, observe=metrics.click, experiment=experiment)
     learning = Learning(settings, runner, engine=clicks.engine if clicks is not None else None)
 
+    retrieval = Retrieval(settings, runner)
+    ahead = Prefetch(settings, runner)
+
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_request_mb * 1_000_000
     app.extensions["bald_sam_runner"] = runner
     app.extensions["bald_sam_clicks"] = clicks
     app.extensions["bald_sam_learning"] = learning
+    app.extensions["bald_sam_retrieval"] = retrieval
     #: Set once the model of this process is loaded.
     ready = app.extensions["bald_sam_ready"] = threading.Event()
     _add_hooks(app, settings, metrics)
@@ -111,13 +117,21 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
         params = body.get("params") or {}
         if not isinstance(params, dict):
             raise RequestError("`params` must be an object.", "Send the context as `params.context`.")
-        results = backend.predict(
-            body.get("tasks") or [],
-            context=params.get("context"),
-            label_config=body.get("label_config"),
-            project=body.get("project"),
+        context, label_config = params.get("context"), body.get("label_config") or ""
+        results: list[Any] = backend.predict(
+            body.get("tasks") or [], context=context, label_config=label_config, project=body.get("project")
         )
+        tasks = body["tasks"]
+        project = project_id(body.get("project")) or project_id(tasks[0].get("project"))
+        if len(tasks) == 1:
+            ahead.seen(tasks[0], labeling_config.parse(label_config), project)
+        if context is None:  # a task was opened, or predictions are to be retrieved: its masks may be prompts
+            results = retrieval.predict(read_json(request.get_data())["tasks"], label_config, project)
         return jsonify(results=results)
+
+    @app.get("/jobs")
+    def jobs() -> Response:
+        return jsonify(jobs=retrieval.jobs())
 
     @app.get("/versions")
     def versions() -> Response:

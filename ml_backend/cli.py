@@ -17,6 +17,7 @@ COMMANDS = {
     "clicks": ("ml_backend.clicks_cli:clicks", "Export and report the click log."),
     "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),
     "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
+    "embed": ("ml_backend.embed_cli:embed", "Encode the images of a project or folder before they are opened."),
     "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
     "heads": ("ml_backend.heads_cli:heads", "List the heads; choose, pin or roll back the one in use."),
     "models": ("ml_backend.models_cli:models", "List, download and describe the backbones."),
@@ -153,11 +154,13 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
             runner.close()
             fail(f"The click log cannot be written in {settings.data_dir}: {exc.strerror or exc}.")
     app.extensions["bald_sam_learning"].start()
+    app.extensions["bald_sam_retrieval"].start()
     try:
         server.run()
     finally:
         server.close()
         app.extensions["bald_sam_learning"].close()
+        app.extensions["bald_sam_retrieval"].close()
         runner.close()
         if clicks is not None:
             clicks.close()
@@ -189,7 +192,8 @@ def _warm_up(settings: Any, ready: threading.Event) -> None:
 @click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--head", help="Name or path of a head; none for SAM's own mask.")
 @click.option("--strategy", help="How the next click is chosen.")
-def worker(queues: str | None, **options: str | None) -> None:
+@click.option("--check", is_flag=True, help="Do no work: exit 0 if a worker of this machine is ready, else 1.")
+def worker(queues: str | None, check: bool, **options: str | None) -> None:
     """Do the work of a server that was started with the same Redis."""
     from worker.contract import Queue
 
@@ -199,12 +203,32 @@ def worker(queues: str | None, **options: str | None) -> None:
     settings = load_settings(**options)
     if settings.redis_url is None:
         fail("A worker needs to know the Redis: give --redis-url redis://host:6379 or set BALD_SAM_REDIS_URL.")
+    if check:
+        _check_worker(settings)
+        return
     _log_to_stderr()
     try:
         rq_worker = importlib.import_module("worker.rq_worker")
     except ModuleNotFoundError as exc:
         fail(f"`bald-sam worker` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
     rq_worker.work(settings.runtime_options(), [Queue(name) for name in names])
+
+
+def _check_worker(settings: Any) -> None:
+    """Say how the workers of this machine are; exit 1 unless one of them is ready."""
+    import socket
+
+    from ml_backend.rq_runner import RqRunner
+
+    runner = RqRunner(settings.redis_url.get_secret_value())
+    status = runner.status()
+    runner.close()
+    here = [worker for worker in status["workers"] if worker["name"].startswith(f"{socket.gethostname()}-")]
+    for worker in here:
+        click.echo(f"{worker['name']}: {worker.get('reason') or worker['state']}")
+    if not here:
+        click.echo(status.get("error") or "No worker of this machine is alive.", err=True)
+    sys.exit(0 if any(worker["state"] == "ready" for worker in here) else 1)
 
 
 @main.command("config-xml")
