@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
-from ml_backend import auth, labeling_config
+from ml_backend import auth, labeling_config, logs
 from ml_backend.body import read_json, without_masks
 from ml_backend.clicks import AnsweredClick, ClickLog, clock
 from ml_backend.clicks.filter import Filter, parse_day
@@ -27,6 +27,7 @@ from ml_backend.model import BaldSamBackend, project_id
 from ml_backend.prefetch import Prefetch
 from ml_backend.retrieval import Retrieval
 from ml_backend.settings import Settings
+from ml_backend.status import Recent, Status, add_status
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     app.extensions["bald_sam_retrieval"] = retrieval
     #: Set once the model of this process is loaded.
     ready = app.extensions["bald_sam_ready"] = threading.Event()
-    _add_hooks(app, settings, metrics)
+    _add_hooks(app, settings, metrics, add_status(app, Status(settings, runner, clicks), metrics))
     _add_events(app, metrics, clicks, learning)
     _add_report(app, clicks)
 
@@ -136,10 +137,6 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
     @app.get("/versions")
     def versions() -> Response:
         return jsonify(versions=model_versions(settings))
-
-    @app.get("/metrics")
-    def prometheus() -> Response:
-        return Response(metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
@@ -231,16 +228,32 @@ def _has_worker(status: dict[str, Any]) -> bool:
     return any(not embedded or worker.get("state") == "ready" for worker in status.get("workers", ()))
 
 
-def _add_hooks(app: Flask, settings: Settings, metrics: Metrics) -> None:
+#: Pages of ours run no scripts, load nothing and are shown in no frame; nothing is kept on the way.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def _add_hooks(app: Flask, settings: Settings, metrics: Metrics, recent: Recent) -> None:
     @app.before_request
     def admit() -> None:
         g.id = secrets.token_hex(6)
         g.started = time.perf_counter()
+        logs.bind(fresh=True, request=g.id)
         if request.path != "/health" and not auth.allowed(settings, request.authorization):
             raise BackendError(
                 "Credentials are missing or wrong.",
                 "In Label Studio give user and password under Settings > Model; scripts send a bearer token.",
                 status=401,
+            )
+        if request.method == "POST" and "Origin" in request.headers:
+            # Label Studio's server sends none. A page elsewhere, with the password that a browser remembers, does.
+            raise BackendError(
+                "A web page may not send anything here.", "Only Label Studio's server and scripts do.", status=403
             )
 
     @app.after_request
@@ -248,18 +261,22 @@ def _add_hooks(app: Flask, settings: Settings, metrics: Metrics) -> None:
         route = request.url_rule.rule if request.url_rule else "other"
         seconds = time.perf_counter() - g.get("started", time.perf_counter())
         metrics.request(route, response.status_code, seconds)
-        level = logging.DEBUG if route in {"/health", "/metrics"} else logging.INFO
-        log.log(level, "%s %s %d %.0f ms id=%s", request.method, route, response.status_code, seconds * 1000, g.id)
+        level = logging.DEBUG if route in {"/health", "/metrics", "/status"} else logging.INFO
+        log.log(level, "%s %s %d %.0f ms", request.method, route, response.status_code, seconds * 1000)
         response.headers["X-Request-Id"] = g.id
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
         return response
 
     @app.errorhandler(Exception)
     def refuse(exc: Exception) -> Response:
         status, error, hint = _words(exc)
         if status >= 500 and not _is_spoken(exc):
-            log.error("%s failed id=%s", request.path, g.id, exc_info=exc)
+            log.error("%s failed, id %s", request.path, g.id, exc_info=exc)
         else:
-            log.warning("%s refused: %d %s %s id=%s", request.path, status, error, hint, g.id)
+            log.warning("%s refused: %d %s %s, id %s", request.path, status, error, hint, g.id)
+        if status not in (401, 404, 405, 409):
+            recent.add(request.url_rule.rule if request.url_rule else "other", status, f"{error} {hint}", g.id)
         response = jsonify(error=error, hint=hint, id=g.id)
         # Of an error answer Label Studio shows nothing but this line.
         response.status = f"{status} {_one_line(error + ' ' + hint)}"

@@ -83,10 +83,6 @@ def load_settings(**options: Any) -> Any:
         )
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-
-
 def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -105,7 +101,7 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
     """Serve Label Studio."""
     import waitress
 
-    from ml_backend import auth
+    from ml_backend import auth, logs
     from ml_backend.errors import BackendError
 
     settings = load_settings(**options)
@@ -113,7 +109,7 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
         auth.check_exposure(host, settings, no_auth=no_auth)
     except BackendError as exc:
         fail(str(exc))
-    _log_to_stderr()
+    logs.configure(settings)
 
     from ml_backend.app import create_app
 
@@ -195,6 +191,7 @@ def _warm_up(settings: Any, ready: threading.Event) -> None:
 @click.option("--check", is_flag=True, help="Do no work: exit 0 if a worker of this machine is ready, else 1.")
 def worker(queues: str | None, check: bool, **options: str | None) -> None:
     """Do the work of a server that was started with the same Redis."""
+    from ml_backend import logs
     from worker.contract import Queue
 
     names = [name.strip() for name in queues.split(",") if name.strip()] if queues else list(Queue)
@@ -206,11 +203,11 @@ def worker(queues: str | None, check: bool, **options: str | None) -> None:
     if check:
         _check_worker(settings)
         return
-    _log_to_stderr()
     try:
         rq_worker = importlib.import_module("worker.rq_worker")
     except ModuleNotFoundError as exc:
         fail(f"`bald-sam worker` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
+    logs.configure(settings, rq_worker.log_ids)
     rq_worker.work(settings.runtime_options(), [Queue(name) for name in names])
 
 

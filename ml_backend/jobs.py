@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 from rq.timeouts import JobTimeoutException
 
+from ml_backend import logs
 from ml_backend.cancel import Cancellable
 from ml_backend.job_counts import JobCounts, described
 from ml_backend.settings import Settings
@@ -346,6 +347,7 @@ class InProcessRunner:
                 del self._waiting[task.key]
             outer, self._running = self._running, (task, time.monotonic())
         name = list(Queue)[task.priority]
+        logs.bind(fresh=True, job=task.key, request=task.argument.get("request"), session=task.argument.get("session"))
         try:
             with self._letting_through(task.priority) if task.priority >= _LONG else self._cancellable(task):
                 task.answer = self._call(task.function, task.argument)

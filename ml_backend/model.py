@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import flask
 
-from ml_backend import labeling_config, prompts, regions
+from ml_backend import labeling_config, logs, prompts, regions
 from ml_backend.arms import Arm
 from ml_backend.clicks import AnsweredClick, clock, seen_regions
 from ml_backend.clicks.record import record, session_key
@@ -134,6 +134,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
             )
         task = tasks[0]
         region_id = regions.mask_id(project, task["id"], session)
+        logs.bind(session=region_id)
         job = SegmentJob(
             image=image_of(task, config, project, session.item_index),
             width=session.width,
@@ -142,6 +143,7 @@ class BaldSamBackend(LabelStudioMLBase):  # type: ignore[misc]
             session=region_id,
             strategy=settings.strategy,
             propose=config.proposal is not None,
+            request=flask.g.get("id") if flask.has_request_context() else None,
         )
         experiment = self._experiment if project is not None and isinstance(task["id"], int) else None
         arm = None

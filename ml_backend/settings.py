@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     precision: Literal["auto", "float32"] = Field("auto", description="Number type of large image encoders.")
     head: str = Field("default", description="Name or path of a head; `none` for SAM's own mask.")
     strategy: str = Field("default", description="How the next click is chosen.")
+    log_format: Literal["text", "json"] = Field("text", description="One line an event, for people; or JSON.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
     local_roots: Roots = Field((), description="Colon-separated folders from which image paths may be read.")
     allowed_hosts: Names = Field((), description="Comma-separated private hosts from which images may be fetched.")
     cache_mb: int = Field(512, ge=1, description="Memory for embeddings and logits in each worker, MB.")

@@ -16,8 +16,10 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import redis
@@ -41,6 +43,7 @@ from worker.contract import (
 from worker.preemption import letting_through
 
 log = logging.getLogger(__name__)
+_ids: ContextVar[Mapping[str, str]] = ContextVar("ids", default=MappingProxyType({}))
 
 #: A sign of life every BEAT_S; without one the worker counts as dead after ALIVE_MS.
 BEAT_S = 0.3
@@ -268,6 +271,7 @@ class ModelWorker(SimpleWorker):
     def perform_job(self, job: Any, queue: Any, execution: Any) -> bool:
         """Run the job, if it is one of ours. Nothing that it names is imported before that is known."""
         reason = self._refusal(job)
+        _ids.set({"job": job.id} if reason is not None else _ids_of(job))
         if reason is None:
             with letting_through(self._do_what_is_urgent) if job.origin in LONG else nullcontext():
                 done: bool = super().perform_job(job, queue, execution)
@@ -314,6 +318,17 @@ class ModelWorker(SimpleWorker):
         if instance is not None or not isinstance(name, str) or name not in self._functions:
             return f"{str(name)[:200]!r} is not a function that a worker may run"
         return None
+
+
+def log_ids() -> Mapping[str, str]:
+    """Ids of the job that this thread carries, for its log."""
+    return _ids.get()
+
+
+def _ids_of(job: Any) -> dict[str, str]:
+    argument = job.args[0] if job.args else None
+    found = {name: argument.get(name) for name in ("request", "session")} if isinstance(argument, dict) else {}
+    return {"job": job.id, **{name: value for name, value in found.items() if isinstance(value, str)}}
 
 
 @contextmanager
