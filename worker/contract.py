@@ -88,7 +88,10 @@ class ImageRef(Message):
 
 
 class SegmentJob(Message):
-    """One click to answer. `width`, `height`: pixels, as the page reports them; the mask gets exactly this size."""
+    """One click to answer. `width`, `height`: pixels, as the page reports them; the mask gets exactly this size.
+
+    `request`: id of the web request, for the logs.
+    """
 
     image: ImageRef
     width: int = Field(gt=0)
@@ -97,6 +100,7 @@ class SegmentJob(Message):
     session: str
     strategy: str = "default"
     propose: bool = True
+    request: str | None = None
 
 
 class EmbedJob(Message):
