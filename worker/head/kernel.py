@@ -53,7 +53,8 @@ class ClickKernel:
         places = _coordinates(decoded)
         correlation = _correlation(self.anchors, places.flatten(1).T)
         whiten = torch.linalg.inv(self.root).float()
-        return (whiten @ correlation).view(-1, *places.shape[1:])
+        features: Tensor = (whiten @ correlation).view(-1, *places.shape[1:])
+        return features
 
 
 def click_cells(decoded: Decoded, prompts: Prompts) -> tuple[list[int], list[int]]:

@@ -65,7 +65,10 @@ class LinearPosterior:
     def extended(self, names: tuple[str, ...], deviation: float) -> LinearPosterior:
         """This posterior with further features, whose weights are independent: N(0, deviation^2)."""
         more = len(names)
-        factor = torch.block_diag(self.factor, deviation * torch.eye(more, device=self.factor.device))
+        rows, columns = self.factor.shape
+        factor = self.factor.new_zeros(rows + more, columns + more)
+        factor[:rows, :columns] = self.factor
+        factor[rows:, columns:].fill_diagonal_(deviation)
         return LinearPosterior((*self.names, *names), torch.cat([self.mean, self.mean.new_zeros(more)]), factor)
 
     def conditioned(self, features: Tensor, labels: Tensor, *, weight: float = CLICK_WEIGHT) -> LinearPosterior:
