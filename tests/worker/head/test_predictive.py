@@ -92,3 +92,14 @@ def test_one_sample_is_refused() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="one shape"):
         predictive.bald(torch.zeros(3), torch.ones(4))
+
+
+def test_expected_iou_is_that_of_many_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(40, 40, generator=generator)
+    mask = probability > 0.4
+    draws = torch.rand(2000, 40, 40, generator=generator) < probability
+    both, either = (draws & mask).sum((1, 2)), (draws | mask).sum((1, 2))
+    assert predictive.expected_iou(probability, mask) == pytest.approx(float((both / either).mean()), abs=2e-3)
+    assert predictive.expected_iou(probability, torch.zeros_like(mask)) == 0.0
+    assert predictive.expected_iou(torch.zeros(3), torch.zeros(3, dtype=torch.bool)) == 0.0
