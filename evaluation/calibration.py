@@ -25,7 +25,9 @@ class Calibration:
 
 def calibrated(head: Head, sessions: Iterable[tuple[str, Session]], *, clicks: int = 15) -> tuple[Head, Calibration]:
     """The head with what sessions (by name of the object) decide: `shows` is the mask with the larger mean IoU, `stop`
-    the score under which the sessions' strategy loses next to nothing by stopping. Raises ValueError without sessions.
+    the expected gain under which the sessions' strategy loses next to nothing by stopping.
+
+    Raises ValueError without sessions.
     """
     played: dict[str, list[dict[str, object]]] = {"sam": [], "head": []}
     strategy = ""
@@ -40,9 +42,8 @@ def calibrated(head: Head, sessions: Iterable[tuple[str, Session]], *, clicks: i
     frames = {shows: pd.DataFrame(rows) for shows, rows in played.items()}
     ious = {shows: float(frame["iou"].mean()) for shows, frame in frames.items()}
     shows = max(ious, key=lambda name: ious[name])
-    frame = frames[shows].assign(score=pd.to_numeric(frames[shows]["score"]))
-    chosen = choose(trades(frame, strategy))
-    found = Calibration(len(frame) // clicks, ious, chosen)
+    chosen = choose(trades(frames[shows], strategy))
+    found = Calibration(len(frames[shows]) // clicks, ious, chosen)
     notes = {"objects": found.objects, "saved": chosen.saved, "lost": chosen.lost, "mean_iou": ious}
     made = replace(head, shows=shows, stop={strategy: chosen.threshold}, notes={**head.notes, "calibration": notes})
     return made, found

@@ -86,6 +86,8 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
         _reported(_read(learnt, current, skipped), lambda done: report("learning", done, len(learnt))),
         SessionOptions(clicks=STATES, seed=job.seed),
         FitOptions(),
+        # Not the project's own: it was learnt from some of these masks, and they would count twice.
+        start=current.proposer.head,
         notes={**job.notes, "project": job.project, "tasks": len({_image(one) for one in learnt})},
     )
     head, _ = calibrated(head, sessions(_spread(learnt, MOST_CALIBRATED), "calibrating"), clicks=job.clicks)

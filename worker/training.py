@@ -122,12 +122,16 @@ def train_head(
     sessions: SessionOptions,
     fit: FitOptions,
     *,
+    start: Head | None = None,
     notes: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Head:
-    """Sessions on `examples`, then the hierarchical linear head. Raises ValueError when there is no example."""
+    """Sessions on `examples`, then the hierarchical linear head, which refines `start` if that is given (and is one of
+    this backbone that was trained). Raises ValueError when there is no example."""
     pixels = collect(backbone, examples, sessions, progress=progress)
-    posterior = fit_linear(feature_names(channels_of(backbone.sam)), pixels, fit)
+    names = feature_names(channels_of(backbone.sam))
+    known = start.posterior.to(torch.device("cpu")) if start is not None and start.id != "prior" else None
+    posterior = fit_linear(names, pixels, fit, start=known)
     recipe = {"sessions": asdict(sessions), "fit": asdict(fit)}
     counts = {"objects": len(pixels.names), "states": len(pixels.objects)}
     return Head("trained", posterior, backbone.id, notes={**(notes or {}), **recipe, **counts})

@@ -37,17 +37,25 @@ class Pixels:
 class FitOptions:
     """`effective`: how many independent pixels a state's worth of pixels counts as (neighbours say the same thing).
 
-    `ridge`: precision of the Gaussian around SAM that keeps mu bounded, for standardised features.
+    `ridge`: precision of the Gaussian around SAM that keeps mu bounded, for standardised features. `strength`: how many
+    states the head that is begun with, if any, counts as.
     """
 
     effective: float = 40.0
     ridge: float = 1.0
+    strength: float = 400.0
     rounds: int = 12
     newton: int = 6
 
 
-def fit_linear(names: tuple[str, ...], pixels: Pixels, options: FitOptions) -> LinearPosterior:
-    """N(mu, S) of the weights of one object's head, for `pixels` of many states."""
+def fit_linear(
+    names: tuple[str, ...], pixels: Pixels, options: FitOptions, *, start: LinearPosterior | None = None
+) -> LinearPosterior:
+    """N(mu, S) of the weights of one object's head, for `pixels` of many states.
+
+    `start`: what is known already, from other images: it enters as if `options.strength` states had been seen with this
+    mean and covariance (the conjugate normal-inverse-Wishart prior), so a few images refine it and many outweigh it.
+    """
     scale = pixels.features.flatten(0, 1).double().square().mean(0).sqrt().clamp(min=1e-3)
     features = (pixels.features / scale.float()).double()
     target = pixels.labels.double()
@@ -55,16 +63,24 @@ def fit_linear(names: tuple[str, ...], pixels: Pixels, options: FitOptions) -> L
     d = features.shape[2]
     sam = torch.zeros(d, dtype=torch.float64)
     sam[names.index("logit")] = scale[names.index("logit")]
-    mu = _common(features, target, weights, sam, options.ridge)
-    spread = torch.eye(d, dtype=torch.float64) * 0.25
+    seen, before = 0.0, torch.zeros(d, dtype=torch.float64)
+    if start is None:
+        mu = _common(features, target, weights, sam, options.ridge)
+        spread = torch.eye(d, dtype=torch.float64) * 0.25
+    else:
+        seen, before = options.strength, start.mean.double() * scale
+        mu, spread = before, start.covariance.double() * scale[:, None] * scale
+    known = spread
+    identity = torch.eye(d, dtype=torch.float64)
     modes = mu.expand(len(features), d).clone()
     for _ in range(options.rounds):
-        precision = torch.linalg.inv(spread)
+        precision = torch.linalg.inv(spread + 1e-9 * identity)
         modes, covariances = _modes(features, target, weights, mu, precision, modes, options.newton)
-        mu = modes.mean(0)
+        mu = (modes.sum(0) + seen * before) / (len(modes) + seen)
         centred = modes - mu
-        spread = centred.T @ centred / len(modes) + covariances.mean(0)
-    factor = torch.linalg.cholesky(spread + 1e-9 * torch.eye(d, dtype=torch.float64))
+        spread = centred.T @ centred + covariances.sum(0) + seen * (known + torch.outer(before - mu, before - mu))
+        spread = spread / (len(modes) + seen)
+    factor = torch.linalg.cholesky(spread + 1e-9 * identity)
     return LinearPosterior(names, (mu / scale).float(), (factor / scale[:, None]).float())
 
 
