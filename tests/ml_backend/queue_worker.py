@@ -59,6 +59,20 @@ def warm_up() -> None:
         raise ValueError("The head is damaged. Choose another.")
 
 
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """`hang-once:PATH` hangs the first time, which the file remembers; `fail` fails in words; others just answer."""
+    verb, _, value = job["notes"].get("do", "").partition(":")
+    if verb == "fail":
+        return {"kind": "failure", "error": "Too few.", "hint": "Annotate more.", "status": 422}
+    if verb == "hang-once" and not Path(value).exists():
+        Path(value).touch()
+        time.sleep(600)
+    words = {"head": "project-3-v1", "before": "shipped", "reason": "it is used from now on."}
+    figures = dict.fromkeys(("auc", "auc_before", "gain", "error", "seconds"), 0.5)
+    counts = dict.fromkeys(("objects", "logged", "held_out", "images_held_out"), 4)
+    return {"kind": "train", "project": job["project"], "used": True, **words, **figures, **counts}
+
+
 def install() -> None:
     """Put the functions where the allow-list has them."""
     tasks, runtime = types.ModuleType("worker.tasks"), types.ModuleType("worker.runtime")
@@ -66,6 +80,9 @@ def install() -> None:
     runtime.configure, runtime.warm_up = lambda options: None, warm_up  # type: ignore[attr-defined]
     runtime.loaded = lambda: None  # type: ignore[attr-defined]
     sys.modules["worker.tasks"], sys.modules["worker.runtime"] = tasks, runtime
+    learning = types.ModuleType("evaluation.learning")
+    learning.train = train  # type: ignore[attr-defined]
+    sys.modules["evaluation.learning"] = learning
 
 
 if __name__ == "__main__":
