@@ -39,8 +39,8 @@ class Trainer:
         )  # fmt: skip
 
 
-def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
