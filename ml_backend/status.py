@@ -163,7 +163,10 @@ def _problems(said: dict[str, Any], queues: list[dict[str, Any]], workers: list[
         elif queue["waiting"] and workers and queue["name"] not in served and served:
             problems.append(f"Jobs wait in the queue {queue['name']}, and no worker takes them.")
     facts = [worker.get("facts") or {} for worker in workers]
-    versions = {_version("bald-sam"), *(said["versions"].get("bald-sam", "") for said in facts if "versions" in said)}
+    versions = {
+        _version("bald-sam"),
+        *(said["versions"]["bald-sam"] for said in facts if "bald-sam" in said.get("versions", ())),
+    }
     if len(versions) > 1:
         problems.append(f"Different versions run together: {', '.join(sorted(versions))}.")
     backbones = {said["backbone"] for said in facts if "backbone" in said}

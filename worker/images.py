@@ -14,6 +14,8 @@ from worker.fetch import fetch
 
 __all__ = ["ImageError", "decode_image", "fetch"]
 
+#: Longest side to shortest: scaled down for an encoder, nothing would be left of the shortest.
+MAX_RATIO = 400
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 # The limit of the settings decides, in words, and before pixels are decoded: Pillow's own would refuse what is allowed.
@@ -35,6 +37,10 @@ def decode_image(data: bytes, options: RuntimeOptions) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > options.max_image_megapixels * 1_000_000:
                 raise too_many
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ImageError(
+                    f"The image has {image.width} x {image.height} pixels: too narrow.", "Cut it into pieces.", 422
+                )
             image.load()
             return _rgb(_upright(image))
     except ImageError:

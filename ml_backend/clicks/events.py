@@ -156,7 +156,7 @@ def _without_rle(region: Mapping[str, Any]) -> Json:
 
 def _packed_region(region: Mapping[str, Any]) -> Json:
     rle = (region.get("value") or {}).get("rle")
-    return {**_without_rle(region), "packed": _text(pack_rle(rle))} if rle else dict(region)
+    return {**_without_rle(region), "packed": _text(pack_rle(rle))} if isinstance(rle, list) and rle else dict(region)
 
 
 def _text(blob: bytes) -> str:

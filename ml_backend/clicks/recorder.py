@@ -265,15 +265,16 @@ class ClickLog:
                     self._write([event])
                 return
             self.counts.refused += 1
-            log.exception(
-                "One event of the click log cannot be written; it is kept in %s.", self._journal.refuse(dump(events[0]))
-            )
+            kept = self._journal.refuse(dump(events[0]))
+            log.error("One event of the click log cannot be written (%.200r); it is kept in %s.", error, kept)
 
 
 def _line(item: AnsweredClick | Mapping[str, Any]) -> str | None:
     try:
         event = answer_event(item) if isinstance(item, AnsweredClick) else webhook_event(item)
         return dump(event) if event is not None else None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        log.warning("An event is not one of Label Studio's and was not logged: %.200r", error)
     except Exception:  # a body that nobody foresaw must not stop the log
         log.exception("An event could not be put into the click journal.")
-        return None
+    return None
