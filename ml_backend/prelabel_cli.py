@@ -23,7 +23,7 @@ from ml_backend.errors import BackendError, RequestError
 from ml_backend.heads_in_use import model_version
 from ml_backend.jobs import JobFailed
 from ml_backend.label_studio_api import LabelStudioError, api_from
-from ml_backend.prelabel import Answer, Batch, FolderRun, Observer, Summary, folder_config, prelabel_folder
+from ml_backend.prelabel import Answer, Batch, FolderRun, Observer, Summary, folder_config, images_of, prelabel_folder
 from ml_backend.prelabel_journal import Journal
 from ml_backend.prelabel_project import ProjectRun, journal_path, prelabel_project
 from ml_backend.prelabel_prompts import PromptFile, read_prompts
@@ -128,6 +128,7 @@ def prelabel(
                 fail("Give --out with the file of tasks to write, for example --out tasks.json.")
             if given := next((name for name, value in selection.items() if value), None):
                 fail(f"--{given.replace('_ids', '').replace('_tasks', '')} is for --project.")
+            images_of(images)
             prompts, fingerprint = _prompts(source or EVERYTHING, each_point, label, filters)
             run = FolderRun(
                 folder=images,

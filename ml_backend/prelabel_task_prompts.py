@@ -88,7 +88,7 @@ def from_field(value: Any, name: str) -> ImagePrompts:
         where = f"field `{name}`, entry {number}"
         try:
             label, which, clicks, boxes = _entry(one, number, where)
-        except (TypeError, ValueError, KeyError) as error:
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
             raise RequestError(f"{where} is neither a box nor a point ({type(error).__name__}: {error}).") from error
         _, all_clicks, all_boxes = found.setdefault(which, (label, [], []))
         all_clicks += clicks

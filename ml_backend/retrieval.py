@@ -1,8 +1,9 @@
 """*Retrieve Predictions* of the Data Manager: what fits the time is answered, the rest is done behind it and pushed.
 
 Label Studio sends all chosen tasks in one request, waits 100 s, and stores what is answered. An answer without a
-prediction for a task is allowed, so the tasks that there is no time for get none, and stand in a journal; a thread does
-them as `bald-sam prelabel --tasks` would, in this process or in the next one.
+prediction for a task is allowed, so the tasks that there is no time for get none. A journal, begun with the request,
+holds them all; a thread does what was not answered as `bald-sam prelabel --tasks` would, and later looks whether Label
+Studio has stored what was answered, in this process or, after a kill, in the next one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
 from pathlib import Path
@@ -41,7 +42,9 @@ SHARE = 0.7
 AGAIN_S = 15.0
 #: Finished jobs are listed for this time, seconds.
 LISTED_S = 7 * 24 * 3600
-FINISHED = "finished"
+#: Label Studio has this time to store what was answered before it is looked for, seconds.
+STORED_S = 30.0
+FINISHED, ANSWERED = "finished", "answered"
 
 
 class Retrieval:
@@ -103,18 +106,23 @@ class Retrieval:
                 continue
             if item is not None and (len(tasks) > 1 or (item.objects and not task.get("annotations"))):
                 items.append(item)
-        left = list(items)
+        journal = self._begin(project, version, items) if len(tasks) > 1 else None
         try:
-            for answer in self._within(deadline, left):
+            for answer in self._within(deadline, items):
                 if isinstance(answer, PrelabelFailure):
                     failed[answer.key] = f"{answer.error} {answer.hint}".strip()
                 else:
                     found[answer.key] = [prediction(answer, controls, version)]
         except JobFailed as error:
             log.warning("project %s: predictions are not retrieved now: %s", project, error)
-        rest = [int(item.key) for item in left if item.key not in found and item.key not in failed]
-        if rest or (failed and len(tasks) > 1):
-            self._keep(project, version, rest, failed)
+        if journal is not None:
+            self._hand_over(journal, found, failed)
+        elif (rest := len(items) - len(found) - len(failed)) > 0:
+            log.warning(
+                "%d predictions do not fit the time; set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY so that they can be "
+                "pushed later, or use `bald-sam prelabel --project`",
+                rest,
+            )
         return [found.get(str(task.get("id")), []) for task in tasks]
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -180,27 +188,27 @@ class Retrieval:
                 found.update(journal.header.get("tasks", []))
         return found
 
-    def _keep(self, project: int | None, version: str, rest: list[int], failed: Mapping[str, str]) -> None:
-        """Note what is left to do, and what failed."""
-        if project is None or (rest and self._api is None):
-            log.warning(
-                "%d predictions do not fit the time; set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY so that they can be "
-                "pushed later, or use `bald-sam prelabel --project`",
-                len(rest),
-            )
-            return
+    def _begin(self, project: int | None, version: str, items: Sequence[PrelabelItem]) -> Journal | None:
+        """Note what was asked for, before any of it is done; None where nothing could be pushed later."""
+        if project is None or self._api is None or not items:
+            return None
         name = f"retrieve-{project}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}.jsonl"
-        header = {"project": project, "version": version, "tasks": rest, "started": time.time()}
-        journal = Journal(self._folder / name).open(header)
+        tasks = [int(item.key) for item in items]
+        header = {"project": project, "version": version, "tasks": tasks, "started": time.time()}
+        return Journal(self._folder / name).open(header)
+
+    def _hand_over(self, journal: Journal, found: Iterable[str], failed: Mapping[str, str]) -> None:
+        """Let the thread do the rest."""
+        for key in found:
+            journal.add(key, ANSWERED)
         for key, why in failed.items():
             journal.fail(key, why)
-        if not rest:
-            journal.add(FINISHED, time.time())
+        rest = len(journal.header["tasks"]) - len(journal.done) - len(journal.failed)
         journal.close()
         if rest:
-            log.info("project %d: %d predictions are pushed later; see /jobs", project, len(rest))
-            self.start()
-            self._wake.set()
+            log.info("project %s: %d predictions are pushed later; see /jobs", journal.header["project"], rest)
+        self.start()
+        self._wake.set()
 
     # --- behind it ----------------------------------------------------------------------------------------------------
 
@@ -225,26 +233,45 @@ class Retrieval:
 
     def _do(self, path: Path) -> None:
         """One job, if it is not finished. A finished one is forgotten some days later."""
-        known = read_journal(path)
+        known, handed_over = read_journal(path), path.stat().st_mtime
         if FINISHED in known.done:
             if time.time() - float(known.done[FINISHED]) > LISTED_S:
                 path.unlink(missing_ok=True)
             return
-        assert self._api is not None
         journal = Journal(path).open()
         try:
             if not journal.header:  # it was killed while it wrote the first line: nothing was promised yet
                 path.unlink(missing_ok=True)
                 return
-            run = ProjectRun(
-                project=int(journal.header["project"]),
-                prompts=self._prompts,
-                options=self._options,
-                version=str(journal.header["version"]),
-                tasks=frozenset(journal.header["tasks"]),
-            )
-            summary = prelabel_project(self._api, run, self._batch, journal, observe=lambda _: None)
+            answered = frozenset(int(key) for key, what in journal.done.items() if what == ANSWERED)
+            rest = frozenset(journal.header["tasks"]) - answered
+            if rest:
+                self._prelabel(journal, rest)
+            if answered:
+                while time.time() < handed_over + STORED_S and not self._stop.is_set():
+                    time.sleep(0.2)
+                if self._stop.is_set():
+                    return
+                self._prelabel(journal, answered)
             journal.add(FINISHED, time.time())
         finally:
             journal.close()
-        log.info("%s: %d predictions pushed, %d failed", path.stem, summary.done, len(summary.failed))
+
+    def _prelabel(self, journal: Journal, tasks: frozenset[int]) -> None:
+        """Give those of `tasks` a prediction that have none."""
+        assert self._api is not None
+        run = ProjectRun(
+            project=int(journal.header["project"]),
+            prompts=self._prompts,
+            options=self._options,
+            version=str(journal.header["version"]),
+            tasks=tasks,
+        )
+        summary = prelabel_project(self._api, run, self._batch, journal, observe=lambda _: None)
+        log.info(
+            "%s: %d predictions pushed, %d there, %d failed",
+            journal.path.stem,
+            summary.done,
+            summary.already,
+            len(summary.failed),
+        )

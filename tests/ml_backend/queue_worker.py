@@ -52,6 +52,31 @@ def embed(job: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "embed", "done": len(job["images"])}
 
 
+def prelabel(job: dict[str, Any]) -> dict[str, Any]:
+    """Each item's key says what to do, as a session does; `long:10:...` works 10 s and lets others through."""
+    from worker.preemption import give_way
+
+    images = []
+    for item in job["items"]:
+        verb, _, rest = item["key"].partition(":")
+        if verb == "sleep":
+            time.sleep(float(rest.partition(":")[0]))
+        if verb == "long":
+            end = time.monotonic() + float(rest.partition(":")[0])
+            while time.monotonic() < end:
+                time.sleep(0.01)
+                give_way()
+            logging.getLogger(__name__).info("long done")
+        if verb == "raise":
+            raise RuntimeError("a secret of the worker")
+        if verb == "die":
+            os._exit(9)
+        if verb == "fail":
+            return {"kind": "failure", "error": "No.", "hint": "Try this.", "status": 503}
+        images.append({"key": item["key"], "width": 4, "height": 3})
+    return {"kind": "prelabel", "images": images, "failed": [], "model_version": str(os.getpid())}
+
+
 def warm_up() -> None:
     """Loads nothing; fails in words as long as the file that BROKEN names is there."""
     broken = os.environ.get("BROKEN")
@@ -79,7 +104,9 @@ def install() -> None:
     tasks.segment, tasks.embed = segment, embed  # type: ignore[attr-defined]
     runtime.configure, runtime.warm_up = lambda options: None, warm_up  # type: ignore[attr-defined]
     runtime.loaded = lambda: None  # type: ignore[attr-defined]
-    sys.modules["worker.tasks"], sys.modules["worker.runtime"] = tasks, runtime
+    batch = types.ModuleType("worker.batch")
+    batch.prelabel = prelabel  # type: ignore[attr-defined]
+    sys.modules["worker.tasks"], sys.modules["worker.runtime"], sys.modules["worker.batch"] = tasks, runtime, batch
     learning = types.ModuleType("evaluation.learning")
     learning.train = train  # type: ignore[attr-defined]
     sys.modules["evaluation.learning"] = learning
