@@ -131,16 +131,22 @@ def _layers(task: Mapping[str, Any]) -> Iterable[list[Any]]:
     for kind in ("annotations", "drafts"):
         yield [
             region
-            for one in task.get(kind) or []
+            for one in _list(task.get(kind))
             if isinstance(one, dict) and not one.get("was_cancelled")
-            for region in one.get("result") or []
+            for region in _list(one.get("result"))
         ]
-    predictions = [one for one in task.get("predictions") or [] if isinstance(one, dict)]
-    by_version: dict[Any, list[Any]] = {}
-    for prediction in sorted(predictions, key=lambda one: one.get("id") or 0):
-        if not str(prediction.get("model_version") or "").startswith(VERSION_PREFIX):
-            by_version[prediction.get("model_version")] = prediction.get("result") or []
+    predictions = [one for one in _list(task.get("predictions")) if isinstance(one, dict)]
+    by_version: dict[str, list[Any]] = {}
+    for prediction in sorted(predictions, key=lambda one: one["id"] if isinstance(one.get("id"), int) else 0):
+        version = str(prediction.get("model_version") or "")
+        if not version.startswith(VERSION_PREFIX):
+            by_version[version] = _list(prediction.get("result"))
     yield from reversed(by_version.values())
+
+
+def _list(value: Any) -> list[Any]:
+    """A list of a request; empty where it holds something else."""
+    return value if isinstance(value, list) else []
 
 
 def _from_region(region: Any, config: LabelingConfig) -> tuple[ObjectPrompts, tuple[int, int]] | None:
