@@ -146,8 +146,8 @@ def mutate(rng: random.Random, body: dict[str, Any]) -> dict[str, Any]:
             target.extend(copy.deepcopy(target[-3:]) * rng.choice([1, 20]))
         elif kind == 2 and isinstance(target, dict):
             target[rng.choice(["id", "type", "value", "rle", "", "\x00", "__proto__"])] = target.pop(path[-1])
-        elif kind == 3 and isinstance(target[path[-1]], (int, float)):
-            target[path[-1]] = target[path[-1]] * rng.choice([-1, 0.5, 1e3, 1e12]) + rng.random()
+        elif kind == 3 and isinstance(value := target[path[-1]], (int, float)) and abs(value) < 1e300:
+            target[path[-1]] = value * rng.choice([-1, 0.5, 1e3, 1e12]) + rng.random()
         else:
             target[path[-1]] = hostile_value(rng)
     return body
@@ -319,7 +319,7 @@ def fuzz(
     started = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         for done in range(0, count, 100):
-            batch = [request for request, _ in zip(stream, range(min(100, count - done)), strict=False)]
+            batch = list(itertools.islice(stream, 100))
             for request, answer in zip(batch, pool.map(lambda one: ask(port, one), batch), strict=True):
                 report.judge(request, answer)
             answer = ask(port, good)
