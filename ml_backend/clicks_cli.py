@@ -120,7 +120,7 @@ def _open(url: str | None) -> tuple[Settings, Engine]:
 
     settings: Settings = load_settings(clicks_url=url)
     try:
-        engine = make_engine(settings.clicks_url, settings.data_dir)
+        engine = make_engine(settings.clicks_database(), settings.data_dir)
         bring_up_to_date(engine)
     except SQLAlchemyError as exc:
         fail(f"The click log cannot be opened: {getattr(exc, 'orig', None) or exc}")

@@ -58,7 +58,9 @@ class Settings(BaseSettings):
         0, ge=0, description="Train a project by itself after so many submitted annotations; 0: only when asked."
     )
     click_log: bool = Field(True, description="Log clicks, proposals and what became of them.")
-    clicks_url: str | None = Field(None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir.")
+    clicks_url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL of the click log; empty: SQLite in data_dir."
+    )
     arms: str = Field("show", description="Who sees proposals: show, hide or mixed; by project: `show,3=mixed,7=hide`.")
     arm_unit: Literal["object", "task", "annotator"] = Field(
         "object", description="What `mixed` projects randomise: object, task or annotator."
@@ -108,6 +110,10 @@ class Settings(BaseSettings):
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else None
+
+    def clicks_database(self) -> str | None:
+        """SQLAlchemy URL of the click log, which may hold a password; None: SQLite in `data_dir`."""
+        return self.clicks_url.get_secret_value() if self.clicks_url is not None else None
 
     def runtime_options(self) -> RuntimeOptions:
         """The part of the settings that a worker process needs."""

@@ -124,7 +124,7 @@ def _gather(project: int, settings: Any, most: int) -> Any:
 
     api = api_from(settings)
     try:
-        engine = make_engine(settings.clicks_url, settings.data_dir)
+        engine = make_engine(settings.clicks_database(), settings.data_dir)
         migrate(engine)
         return gather(api, project, engine=engine, most=most)
     except (SQLAlchemyError, ValueError, OSError) as error:

@@ -97,7 +97,7 @@ class ClickLog:
                 return Recovery(engine, api)
 
         arms = Arms(parse_modes(settings.arms), unit=settings.arm_unit, seed=settings.arm_seed)
-        return cls(data_dir=settings.data_dir, url=settings.clicks_url, arms=arms, recover=recover)
+        return cls(data_dir=settings.data_dir, url=settings.clicks_database(), arms=arms, recover=recover)
 
     def start(self) -> None:
         """Begin to write; harmless when it has begun. Raises OSError if the data directory cannot be written."""

@@ -243,6 +243,7 @@ def test_credentials_show_nowhere(settings: Settings, runner: FakeRunner, caplog
         token=secrets[1],
         redis_url=f"redis://:{secrets[2]}@127.0.0.1:1/0",
         label_studio_api_key=secrets[3],
+        clicks_url=f"sqlite:///{settings.data_dir}/{secrets[4]}.sqlite",
     )
     client = create_app(held, runner).test_client()
     pair = base64.b64encode(f"ls:{secrets[0]}".encode()).decode()

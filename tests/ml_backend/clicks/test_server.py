@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from ml_backend.jobs import JobFailed
 from tests.ml_backend.clicks.conftest import webhook
@@ -103,7 +104,7 @@ def test_the_report_wants_credentials_and_says_what_it_cannot_read(served, captu
 
 
 def test_a_database_that_is_away_is_no_failed_answer(served, capture):
-    client, log = served(clicks_url="sqlite:////no/such/folder/clicks.sqlite")
+    client, log = served(clicks_url=SecretStr("sqlite:////no/such/folder/clicks.sqlite"))
     assert client.post("/predict", json=capture(THREE)).status_code == 200
     time.sleep(0.5)
     assert client.get("/report").status_code == 503
