@@ -48,7 +48,8 @@ def curves(clicks: pd.DataFrame, path: Path, *, normalised: bool = False) -> Non
         panel.grid(alpha=0.25)
     for panel in list(panels.flat)[len(datasets) :]:
         panel.set_axis_off()
-    figure.supxlabel("clicks")
+    for panel in panels[-1]:
+        panel.set_xlabel("clicks")
     figure.supylabel("ΔIoU, min-max normalised" if normalised else "ΔIoU")
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
