@@ -24,9 +24,9 @@ from ml_backend.settings import Settings
 from ml_backend.task_image import image_of
 from worker.contract import ImageRef, PrelabelFailure, PrelabelItem, PrelabelOptions
 
-#: Bytes of one embedding with the colours beside it: 96 x 32 x 32 float32 and 3 x 128 x 128 uint8 for tiny,
+#: Bytes of one embedding at most (float32) with the colours beside it: 96 x 48 x 48 and 3 x 192 x 192 for tiny,
 #: 256 x 64 x 64 and 3 x 256 x 256 for the others.
-EMBEDDING_BYTES = {"tiny": 4 * 96 * 32 * 32 + 3 * 128 * 128}
+EMBEDDING_BYTES = {"tiny": 4 * 96 * 48 * 48 + 3 * 192 * 192}
 LARGE_EMBEDDING_BYTES = 4 * 256 * 64 * 64 + 3 * 256 * 256
 
 

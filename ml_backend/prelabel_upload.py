@@ -192,6 +192,8 @@ class Uploader:
             try:
                 there = any(one["model_version"] == self._version for one in self._api.predictions(task))
             except LabelStudioError as error:
+                if error.status is not None and error.status < 500:
+                    continue  # the task was deleted: sending it alone will say so
                 raise requests.ConnectionError(str(error)) from error
             if there:
                 del left[task]
