@@ -163,6 +163,8 @@ class Learning:
             )  # fmt: skip
             result = self._runner.train(TrainJob(project=project, objects=gathered.objects))
         except Exception as error:
+            if self._stop.is_set():  # the runner was closed under it: the next process goes on with it
+                return
             spoken = hasattr(error, "hint") or type(error).__name__ == "LabelStudioError"
             log.error("project %d was not trained: %s", project, error, exc_info=None if spoken else error)
             self._end(project, running, state="failed", message=str(error)[:1000])

@@ -140,6 +140,18 @@ def test_what_was_asked_of_a_killed_server_is_done_by_the_next(make: Any, traine
     until(lambda: second.records()[8].state == "done")
 
 
+def test_a_server_that_is_stopped_does_not_call_its_training_failed(make: Any, trainer: Trainer) -> None:
+    trainer.go.clear()
+    trainer.error = ValueError("I/O operation on closed file.")
+    learning = make()
+    learning.request(8)
+    until(lambda: trainer.jobs)
+    learning.close()
+    trainer.go.set()
+    until(lambda: not learning._thread or not learning._thread.is_alive())
+    assert learning.records()[8].state == "running"
+
+
 def test_a_training_that_fails_says_why_and_may_be_asked_for_again(make: Any, trainer: Trainer) -> None:
     trainer.error = BackendError("Too few.", "Annotate more.")
     learning = make()
