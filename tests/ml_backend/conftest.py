@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ml_backend.jobs import JobFailed
 from ml_backend.settings import Settings
 from worker.brush_rle import encode
 from worker.contract import EmbedJob, Proposal, SegmentJob, SegmentResult
@@ -57,6 +58,9 @@ class FakeRunner:
 
     def embed(self, job: EmbedJob) -> None:
         self.embedded.append(job)
+
+    def prelabel(self, items: Any, options: Any) -> Any:
+        raise JobFailed("No worker is running.", "Start one with `bald-sam worker`.", 503)
 
     def status(self) -> dict[str, Any]:
         return {"runner": "fake", "workers": [{"name": "w", "state": "idle"}]}
