@@ -346,6 +346,7 @@ class RuntimeOptions(BaseModel):
     backbone: str = "tiny"
     checkpoint: Path | None = None
     device: str = "auto"
+    precision: str = "auto"
     head: str = "default"
     strategy: str = "default"
     redis_url: SecretStr | None = None

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.embedding_folder import EmbeddingFolder
+from worker.precision import running_in
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,11 @@ CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True)
 class Embedding:
-    """features: (1, C, h, w) float32; colours: (3, 4h, 4w) uint8 RGB, the padded input at the size of the mask logits;
-    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`."""
+    """features: (1, C, h, w) float16; colours: (3, 4h, 4w) uint8 RGB, the padded input at the size of the mask logits;
+    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`.
+
+    Half precision halves what a cached image takes.
+    """
 
     features: Tensor
     colours: Tensor
@@ -61,7 +65,7 @@ class Embedding:
 
 
 def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
-    """Encode an RGB image (H, W, 3), uint8, exactly as `SamPredictor.set_image` does."""
+    """Encode an RGB image (H, W, 3), uint8, as `SamPredictor.set_image` does, but for the precision."""
     height, width = image.shape[:2]
     return encode_resized(backbone, resize(backbone, image), (height, width))
 
@@ -76,9 +80,10 @@ def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_
     """Encode what `resize` returned; `original_size`: (height, width) of the image before."""
     with torch.inference_mode():
         pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
-        features = backbone.sam.image_encoder(backbone.sam.preprocess(pixels))
+        with running_in(backbone.precision, backbone.device):
+            features = backbone.sam.image_encoder(backbone.sam.preprocess(pixels))
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
-    features = features.float().clone(memory_format=torch.contiguous_format)
+    features = features.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
     height, width = resized.shape[:2]
     return Embedding(features, _colours(pixels, backbone.image_size, features), original_size, (height, width))
 
@@ -91,7 +96,7 @@ def _colours(pixels: Tensor, side: int, features: Tensor) -> Tensor:
 
 
 class EmbeddingCache:
-    """Embeddings by content: key = SHA-256 of the image's bytes + ":" + backbone id.
+    """Embeddings by content: key = SHA-256 of the image's bytes + ":" + the backbone's `embedding_id`.
 
     Memory is bounded in bytes; Redis (optional, shared by all workers) by time; a folder (optional) in bytes. What is
     broken or gone is computed again, and a Redis that does not answer only costs time. One image is encoded once,
@@ -109,7 +114,7 @@ class EmbeddingCache:
     @staticmethod
     def key(data: bytes, backbone: Backbone) -> str:
         """Key of an image file's content for this backbone."""
-        return f"{hashlib.sha256(data).hexdigest()}:{backbone.id}"
+        return f"{hashlib.sha256(data).hexdigest()}:{backbone.embedding_id}"
 
     @property
     def size(self) -> int:
@@ -126,7 +131,7 @@ class EmbeddingCache:
 
     def key_of_url(self, url: str, backbone: Backbone) -> str | None:
         """The key of an image that was fetched from this URL within the last hour, or None."""
-        name = f"{url} {backbone.id}"
+        name = f"{url} {backbone.embedding_id}"
         known = self._urls.get(name)
         if known is not None and known[1] > time.monotonic():
             return known[0]
@@ -135,7 +140,7 @@ class EmbeddingCache:
 
     def remember_url(self, url: str, backbone: Backbone, key: str) -> None:
         """Note which image lies behind a URL, so that it need not be fetched again soon."""
-        name = f"{url} {backbone.id}"
+        name = f"{url} {backbone.embedding_id}"
         self._urls.put(name, (key, time.monotonic() + URL_TTL_S), len(name) + len(key) + 200)
         self._to_redis(_url_name(name), key.encode(), URL_TTL_S)
 
@@ -269,7 +274,7 @@ class EmbeddingCache:
 
 
 def to_bytes(embedding: Embedding) -> bytes:
-    """An embedding as safetensors, in full precision: an answer must not depend on which cache it came from."""
+    """An embedding as safetensors, bit for bit: an answer must not depend on which cache it came from."""
     sizes = torch.tensor([embedding.original_size, embedding.input_size], dtype=torch.int64)
     features, colours = embedding.features.cpu().contiguous(), embedding.colours.cpu().contiguous()
     data = save({"features": features, "colours": colours, "sizes": sizes})

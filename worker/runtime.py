@@ -99,7 +99,13 @@ class Runtime:
     @cached_property
     def _backbone(self) -> Backbone:
         options = self.options
-        return build(options.backbone, checkpoint=options.checkpoint, device=options.device, data_dir=options.data_dir)
+        return build(
+            options.backbone,
+            checkpoint=options.checkpoint,
+            device=options.device,
+            data_dir=options.data_dir,
+            precision=options.precision,
+        )
 
     def _proposer(self, head: str, stamp: int) -> Proposer:
         """A proposer, kept: it holds a few kilobytes."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from rq.timeouts import BaseTimeoutException
@@ -166,7 +167,7 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
         width=job.width,
         height=job.height,
         rle=rle,
-        area=int(mask.sum()),
+        area=int(np.count_nonzero(mask)),
         # SAM's head is not bounded, and Label Studio shows this as a score.
         predicted_iou=min(max(decoded.predicted_iou, 0.0), 1.0),
         proposal=_in_job(proposal, job, embedding),

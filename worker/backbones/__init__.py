@@ -18,6 +18,7 @@ from worker.backbones.checkpoints import Checkpoint, CheckpointError, checkpoint
 from worker.backbones.fast_attention import accelerate
 from worker.backbones.mobile_sam import build_mobile_sam
 from worker.backbones.tiny import build_tiny, load_tiny
+from worker.precision import encoder_precision
 
 TINY_WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -36,12 +37,21 @@ class BackboneSpec:
 
 @dataclass
 class Backbone:
-    """A frozen model, ready to run. `id` names its exact weights: `<name>-<12 hex digits of their SHA-256>`."""
+    """A frozen model, ready to run. `id` names its exact weights: `<name>-<12 hex digits of their SHA-256>`.
+
+    `precision`: 16-bit type of the image encoder, None for float32.
+    """
 
     name: str
     sam: Sam
     device: torch.device
     id: str
+    precision: torch.dtype | None = None
+
+    @property
+    def embedding_id(self) -> str:
+        """Names what embeddings depend on beside the image: the weights, and the number type of the encoder."""
+        return self.id if self.precision is None else f"{self.id}-{str(self.precision).removeprefix('torch.')}"
 
     @cached_property
     def dense_pe(self) -> Tensor:
@@ -118,6 +128,7 @@ def build(
     checkpoint: Path | None = None,
     device: str = "auto",
     data_dir: Path | None = None,
+    precision: str = "float32",
     random_weights: bool = False,
     seed: int = 0,
 ) -> Backbone:
@@ -125,8 +136,9 @@ def build(
 
     `checkpoint`: weights of the same architecture from elsewhere (a fine-tuned model); any hash is accepted, unknown or
     missing tensors are not. Without it the published file is taken from `data_dir`/checkpoints and must have the
-    published SHA-256. `random_weights`: seeded noise of the real architecture, for tests and benchmarks.
-    Raises ValueError (unknown name or device) or CheckpointError, both saying what to do.
+    published SHA-256. `precision`: of the encoder, see `worker.precision`. `random_weights`: seeded noise of the real
+    architecture, for tests and benchmarks.
+    Raises ValueError (unknown name, device or precision) or CheckpointError, both saying what to do.
     """
     if name not in BACKBONES:
         raise ValueError(f"There is no backbone called {name!r}. Choose one of: {', '.join(BACKBONES)}.")
@@ -139,7 +151,8 @@ def build(
         sam, digest = _load(spec, path, published=checkpoint is None)
     sam.requires_grad_(False)
     accelerate(sam)
-    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}")
+    encoder = encoder_precision(sam, target, precision)
+    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder)
 
 
 def resolve_device(device: str) -> torch.device:
