@@ -283,7 +283,11 @@ class RqRunner:
             entry = entry[0]
         return keys[key.decode()], entry[1]
 
-    def _answer(self, job_id: str, fields: Mapping[bytes, bytes]) -> SegmentResult:
+    def _answer(self, job_id: str, fields: Mapping[bytes, bytes]) -> SegmentResult | None:
+        """What the result says; None if it is not a worker that speaks, but RQ's clean-up, and then it is dropped.
+
+        RQ gives up jobs by the time of day, and a clock may be wrong. Who carries a job is known better here.
+        """
         if b"superseded" in fields:
             raise superseded()
         result = Result.restore(job_id, "0-0", dict(fields), connection=self._redis, serializer=JSONSerializer)
