@@ -14,6 +14,7 @@ import click
 
 #: Command -> (module:attribute, one line of help).
 COMMANDS = {
+    "bench": ("ml_backend.bench_cli:bench", "Measure speed, as ratios within one run."),
     "clicks": ("ml_backend.clicks_cli:clicks", "Export and report the click log."),
     "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),
     "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),

@@ -1,0 +1,128 @@
+"""A click, from the request to the last byte of the answer, beside the bare decoder and the stock way."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from label_studio_sdk.converter import brush
+from PIL import Image
+from segment_anything import SamPredictor, sam_model_registry
+from torch import Tensor
+
+from evaluation.bench.server import Page, has_redis, serving
+from evaluation.bench.setup import SIZES, Bench, summary, synchronise
+from worker.backbones import Backbone
+
+#: Clicks on one object, (x %, y %, positive); timed after each.
+CLICKS = ((50.0, 50.0, True), (20.0, 30.0, False), (62.0, 41.0, True), (80.0, 75.0, False))
+
+
+class Stock:
+    """The published code, in this process: what Label Studio's SAM example runs for a click once the image is set."""
+
+    def __init__(self, backbone: Backbone, image: Path) -> None:
+        self._backbone = backbone
+        sam = backbone.sam
+        if backbone.name in sam_model_registry:
+            # An untouched model: ours has another attention in its encoder. The weights are shared.
+            sam = sam_model_registry[backbone.name]()
+            sam.load_state_dict(backbone.sam.state_dict(), assign=True)
+            sam.eval()
+        self.predictor = SamPredictor(sam)
+        with Image.open(image) as opened:
+            self.predictor.set_image(np.array(opened.convert("RGB")))
+        self._mask_input: Tensor | None = None
+
+    def decoder(self, clicks: list[tuple[float, float, bool]]) -> float:
+        """Milliseconds of prompt encoder and mask decoder alone, fed the logits of the click before."""
+        predictor, sam = self.predictor, self.predictor.model
+        points, labels = self._points(clicks)
+        mask_input = self._mask_input if len(clicks) > 1 else None
+        began = time.perf_counter()
+        with torch.no_grad():
+            given = predictor.transform.apply_coords(points, predictor.original_size)
+            where = torch.as_tensor(given, dtype=torch.float32, device=predictor.device)[None]
+            what = torch.as_tensor(labels, dtype=torch.int, device=predictor.device)[None]
+            sparse, dense = sam.prompt_encoder(points=(where, what), boxes=None, masks=mask_input)
+            logits, _ = sam.mask_decoder(
+                image_embeddings=predictor.features,
+                image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=len(clicks) == 1,
+            )
+        synchronise(self._backbone)
+        spent = 1000 * (time.perf_counter() - began)
+        self._mask_input = logits[:, :1]
+        return spent
+
+    def answer(self, clicks: list[tuple[float, float, bool]]) -> float:
+        """Milliseconds of `SamPredictor.predict`, with its mask at full size, and the SDK's `mask2rle`."""
+        points, labels = self._points(clicks)
+        began = time.perf_counter()
+        masks, _, _ = self.predictor.predict(point_coords=points, point_labels=labels, multimask_output=False)
+        brush.mask2rle(masks[0].astype(np.uint8) * 255)  # type: ignore[no-untyped-call]
+        return 1000 * (time.perf_counter() - began)
+
+    def _points(self, clicks: list[tuple[float, float, bool]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        height, width = self.predictor.original_size
+        points = np.array([(x / 100 * width, y / 100 * height) for x, y, _ in clicks])
+        return points, np.array([int(positive) for _, _, positive in clicks])
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """`click` and `stages`, both by backbone and size: milliseconds."""
+    found: dict[str, Any] = {"click": {}, "stages": {}}
+    for name in bench.backbones:
+        clicks: dict[str, Any] = {}
+        stages: dict[str, Any] = {}
+        with ExitStack() as stack:
+            pages = {"embedded": stack.enter_context(stack.enter_context(serving(bench, name)).page())}
+            if has_redis():
+                server = stack.enter_context(serving(bench, name, queue=True))
+                pages["rq"] = stack.enter_context(server.page())
+            else:
+                bench.say("redis-server is not installed: clicks over RQ are not measured")
+            backbone = bench.build(name)
+            for number, (size, (width, height)) in enumerate(SIZES.items(), 1):
+                bench.say(f"clicks: {name}, {size}")
+                image = bench.image(f"click-{size}", 3, width, height)
+                rounds = bench.count(*((12, 2) if name == "tiny" else (8, 1)))
+                clicks[size], stages[size] = _one(pages, Stock(backbone, image), image, number, rounds)
+        found["click"][name], found["stages"][name] = clicks, stages
+    return found
+
+
+def _one(pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int) -> tuple[dict[str, Any], Any]:
+    """Times of all ways on one image, in turn."""
+    times: dict[str, list[float]] = defaultdict(list)
+    stages: dict[str, list[float]] = defaultdict(list)
+    before = {way: page.stages() for way, page in pages.items()}
+    for turn in range(-1, rounds):
+        session = f"s{task}-{turn}"
+        for count in range(1, len(CLICKS) + 1):
+            given = list(CLICKS[:count])
+            for way in (*pages, "decoder", "stock"):
+                if way in pages:
+                    spent = pages[way].click(image, task, session, given)
+                    after = pages[way].stages()
+                    parts = {stage: after[stage] - before[way].get(stage, 0.0) for stage in after}
+                    before[way] = after
+                    if turn >= 0 and way == "embedded":
+                        for stage, part in parts.items():
+                            stages[stage].append(part)
+                        stages["http_and_json"].append(spent - sum(parts.values()))
+                else:
+                    spent = stock.decoder(given) if way == "decoder" else stock.answer(given)
+                if turn >= 0:  # the first round warms up, and encodes the image
+                    times[way].append(spent)
+    return (
+        {way: summary(spent) for way, spent in times.items()},
+        {stage: summary(spent) for stage, spent in stages.items() if max(spent) > 0},
+    )

@@ -1,0 +1,155 @@
+"""Several annotators on one worker, and clicks while a batch runs."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import redis
+from rq import Queue as RqQueue
+from rq.serializers import JSONSerializer
+
+from evaluation.bench.click import CLICKS
+from evaluation.bench.server import Page, Server, has_redis, serving
+from evaluation.bench.setup import Bench, summary
+from worker.contract import (
+    PRELABEL,
+    Click,
+    ImageRef,
+    ObjectPrompts,
+    PrelabelItem,
+    PrelabelJob,
+    Prompts,
+    Queue,
+)
+from worker.embeddings import encode_resized, resize
+
+WIDTH, HEIGHT = 1024, 1024
+ANNOTATORS = (1, 2, 4, 8, 16)
+#: Seconds between an answer and the next click: drawn evenly from this range.
+THINK_S = (0.5, 2.0)
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """`concurrency`: by number of annotators p50, p95 (ms) and fairness, the largest median by the smallest; and
+    `background`: clicks over RQ while the same worker pre-labels, beside clicks while it does not."""
+    name = bench.backbones[0]
+    found: dict[str, Any] = {"concurrency": {}}
+    counts = ANNOTATORS if not bench.quick else ANNOTATORS[::3]
+    seconds = float(bench.count(30, 4))
+    with serving(bench, name) as server:
+        _encode_all(bench, server, max(counts))
+        for count in counts:
+            bench.say(f"concurrency: {name}, {count} annotators")
+            times = _annotate(bench, server, count, seconds)
+            medians = [statistics.median(own) for own in times]
+            found["concurrency"][str(count)] = {
+                **summary([spent for own in times for spent in own]),
+                "fairness": round(max(medians) / min(medians), 3),
+            }
+    if has_redis():
+        bench.say(f"clicks beside a batch: {name}")
+        with serving(bench, name, queue=True) as server, server.page() as page:
+            found["background"] = _beside_a_batch(bench, name, server, page)
+    return found
+
+
+def _image_of(bench: Bench, annotator: int) -> Any:
+    return bench.image(f"annotator-{annotator}", annotator, WIDTH, HEIGHT)
+
+
+def _encode_all(bench: Bench, server: Server, count: int) -> None:
+    with server.page() as page:
+        for annotator in range(count):
+            page.click(_image_of(bench, annotator), annotator, f"warm-{annotator}", list(CLICKS[:1]))
+
+
+def _annotate(bench: Bench, server: Server, count: int, seconds: float) -> list[list[float]]:
+    """Milliseconds of each annotator's clicks."""
+    times: list[list[float]] = [[] for _ in range(count)]
+    failed: list[Exception] = []
+    until = time.monotonic() + seconds
+
+    def annotate(number: int) -> None:
+        rng = np.random.default_rng((count, number))
+        time.sleep(rng.uniform(0, THINK_S[1]))
+        try:
+            with server.page() as page:
+                turn = 0
+                while time.monotonic() < until or not times[number]:
+                    given = list(CLICKS[: 1 + turn % len(CLICKS)])
+                    session = f"{count}-{number}-{turn // len(CLICKS)}"
+                    times[number].append(page.click(_image_of(bench, number), number, session, given))
+                    turn += 1
+                    time.sleep(rng.uniform(*THINK_S))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=annotate, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return times
+
+
+def _beside_a_batch(bench: Bench, name: str, server: Server, page: Page) -> dict[str, Any]:
+    rounds = bench.count(*((30, 3) if name == "tiny" else (8, 2)))
+    image = _image_of(bench, 0)
+    page.click(image, 0, "warm", list(CLICKS[:1]))
+    idle = _clicks(page, image, "idle", rounds)
+    encode_ms = _encode_ms(bench, name)
+    # Enough images for all clicks: a click may take as long as an encode, and a second lies between two.
+    count = max(2, int(rounds * (1000 + 2 * encode_ms) / max(encode_ms, 1)))
+    items = [
+        PrelabelItem(
+            key=str(number),
+            image=ImageRef(url=str(bench.image(f"batch-{number % 24}", number % 24, WIDTH, HEIGHT))),
+            objects=(ObjectPrompts(prompts=Prompts(clicks=(Click(x=WIDTH / 2, y=HEIGHT / 2),))),),
+        )
+        for number in range(count)
+    ]
+    with redis.Redis.from_url(str(server.redis_url)) as client:
+        queue = RqQueue(str(Queue.BATCH), connection=client, serializer=JSONSerializer)
+        # In parts, as `bald-sam prelabel` does.
+        for start in range(0, count, 4):
+            part = PrelabelJob(items=tuple(items[start : start + 4]))
+            queue.enqueue_call(PRELABEL, args=(part.model_dump(mode="json"),), timeout=3600, result_ttl=60)
+        time.sleep(min(1.0, encode_ms / 1000))
+        busy = _clicks(page, image, "busy", rounds)
+        left = queue.count
+        queue.empty()  # type: ignore[no-untyped-call]
+    return {
+        "idle": summary(idle),
+        "busy": summary(busy),
+        "encode_ms": round(encode_ms, 1),
+        "added_p50_encodes": round((statistics.median(busy) - statistics.median(idle)) / encode_ms, 3),
+        "added_max_encodes": round((max(busy) - statistics.median(idle)) / encode_ms, 3),
+        "ran_throughout": left > 0,
+    }
+
+
+def _clicks(page: Page, image: Any, session: str, rounds: int) -> list[float]:
+    rng = np.random.default_rng(0)
+    times = []
+    for turn in range(rounds):
+        given = list(CLICKS[: 1 + turn % len(CLICKS)])
+        times.append(page.click(image, 0, f"{session}-{turn // len(CLICKS)}", given))
+        time.sleep(rng.uniform(0.2, 0.8))
+    return times
+
+
+def _encode_ms(bench: Bench, name: str) -> float:
+    backbone = bench.build(name)
+    pixels = resize(backbone, np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    times = []
+    for _ in range(bench.count(3, 2)):
+        began = time.perf_counter()
+        encode_resized(backbone, pixels, (HEIGHT, WIDTH))
+        times.append(1000 * (time.perf_counter() - began))
+    return min(times)

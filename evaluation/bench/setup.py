@@ -1,0 +1,93 @@
+"""What every part of the benchmark needs: images, weights, sizes, and how numbers are summed up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.scenes import draw
+from worker.backbones import BACKBONES, Backbone, build
+from worker.contract import RuntimeOptions
+
+#: Sizes of images that clicks are timed on, (width, height).
+SIZES = {"1024x1024": (1024, 1024), "4000x3000": (4000, 3000)}
+JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run. `folder`: where images and random weights are written; `label_config`: of the project that clicks."""
+
+    backbones: tuple[str, ...]
+    device: str
+    quick: bool
+    folder: Path
+    label_config: str
+    say: Callable[[str], None]
+
+    def count(self, full: int, quick: int) -> int:
+        """How often something is measured."""
+        return quick if self.quick else full
+
+    def image(self, name: str, seed: int, width: int, height: int) -> Path:
+        """A drawn scene as a JPEG file; no two names have the same bytes."""
+        path = self.folder / f"{name}.jpg"
+        if not path.exists():
+            pixels = draw(seed, (height, width)).image.copy()
+            # The name in the pixels, in squares that JPEG keeps: caches go by content.
+            digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8).reshape(4, 8)
+            squares = np.kron(digest, np.ones((8, 8), np.uint8))[:height, :width, None]
+            pixels[: squares.shape[0], : squares.shape[1]] = squares
+            Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
+        return path
+
+    def checkpoint(self, backbone: str) -> Path | None:
+        """Weights of a backbone: those that ship, else random ones of the real architecture, written once."""
+        if BACKBONES[backbone].checkpoint is None:
+            return None
+        path = self.folder / f"{backbone}-random.pth"
+        if not path.exists():
+            self.say(f"writing random weights of {backbone}")
+            torch.save(build(backbone, device="cpu", random_weights=True).sam.state_dict(), path)
+        return path
+
+    def build(self, backbone: str) -> Backbone:
+        """The same model that the servers run."""
+        return build(backbone, checkpoint=self.checkpoint(backbone), device=self.device)
+
+    def runtime_options(self, backbone: str) -> RuntimeOptions:
+        """For job functions that are called in this process."""
+        return RuntimeOptions(
+            data_dir=self.folder / "data",
+            backbone=backbone,
+            checkpoint=self.checkpoint(backbone),
+            device=self.device,
+            local_roots=(self.folder,),
+        )
+
+    def environment(self, backbone: str, **settings: str) -> dict[str, str]:
+        """Of a server or worker process; nothing of the caller's own settings gets in."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("BALD_SAM_", "LABEL_STUDIO_"))}
+        checkpoint = self.checkpoint(backbone)
+        own = {"DATA_DIR": str(self.folder / "data"), "LOCAL_ROOTS": str(self.folder), "BACKBONE": backbone}
+        own |= {"DEVICE": self.device, "CHECKPOINT": str(checkpoint or ""), "PREFETCH": "0", **settings}
+        return clean | {f"BALD_SAM_{name}": value for name, value in own.items()}
+
+
+def summary(milliseconds: Sequence[float]) -> dict[str, float]:
+    """p50, p95, p99 of some times, and how many there are."""
+    p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
+    return {"p50": round(p50, 2), "p95": round(p95, 2), "p99": round(p99, 2), "n": len(milliseconds)}
+
+
+def synchronise(backbone: Backbone) -> None:
+    """Wait for the device: a time without this is that of starting the work."""
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)

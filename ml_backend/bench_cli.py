@@ -1,0 +1,68 @@
+"""`bald-sam bench`: times as ratios, measured in one run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ml_backend.cli import fail
+
+#: What can be measured, in this order.
+PARTS = ("rle", "cold", "click", "concurrency", "batch", "encoder", "memory")
+
+
+@click.command()
+@click.option("--only", default=",".join(PARTS), show_default=True, help="Comma-separated parts.")
+@click.option("--backbones", default="tiny", show_default=True, help="Comma-separated; random weights but for tiny.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--quick", is_flag=True, help="Few rounds: to see that it runs, not to quote.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Add the figures to this file.")
+def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None) -> None:
+    """Measure clicks by stage, batches, RLE, annotators at once, memory and start-up.
+
+    Every part compares in turn within one run with what cannot be quicker (the bare decoder or encoder) or with the
+    stock way. Parts may be measured in several runs into one --json file.
+    """
+    from evaluation.bench.setup import Bench
+    from ml_backend.labeling_config import recommended_config
+    from worker.backbones import BACKBONES
+
+    parts, names = ([name.strip() for name in text.split(",") if name.strip()] for text in (only, backbones))
+    for word, given, choices in (("part", parts, PARTS), ("backbone", names, tuple(BACKBONES))):
+        if unknown := [name for name in given if name not in choices]:
+            fail(f"There is no {word} {', '.join(unknown)}; there are {', '.join(choices)}.")
+    found = _read(path)
+    with tempfile.TemporaryDirectory(prefix="bald-sam-bench-") as folder:
+        run = Bench(
+            backbones=tuple(names),
+            device=device,
+            quick=quick,
+            folder=Path(folder),
+            label_config=recommended_config(["Object"]),
+            say=lambda text: click.echo(text, err=True),
+        )
+        for part in parts:
+            measured = importlib.import_module(f"evaluation.bench.{part}").measure(run)
+            for key, value in measured.items():
+                known = found.get(key)
+                found[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+            if path is not None:
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(json.dumps(found, indent=1))
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}). Give --json another file.")
+    if not isinstance(found, dict):
+        fail(f"{path} does not hold figures of `bald-sam bench`. Give --json another file.")
+    return found
