@@ -223,9 +223,8 @@ def _add_report(app: Flask, clicks: ClickLog | None) -> None:
 
 
 def _has_worker(status: dict[str, Any]) -> bool:
-    """Whether a click would find a loaded model. The worker of this process is idle until it has loaded one."""
-    embedded = status.get("runner") == "in-process"
-    return any(not embedded or worker.get("state") == "ready" for worker in status.get("workers", ()))
+    """Whether a click would find a loaded model."""
+    return any(worker.get("state") == "ready" for worker in status.get("workers", ()))
 
 
 #: Pages of ours run no scripts, load nothing and are shown in no frame; nothing is kept on the way.

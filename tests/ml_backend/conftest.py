@@ -63,7 +63,7 @@ class FakeRunner:
         raise JobFailed("No worker is running.", "Start one with `bald-sam worker`.", 503)
 
     def status(self) -> dict[str, Any]:
-        return {"runner": "fake", "workers": [{"name": "w", "state": "idle"}]}
+        return {"runner": "fake", "workers": [{"name": "w", "state": "ready"}]}
 
     def close(self) -> None:
         pass
