@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from worker.head.dense import dense_covariance, relative_error
 from worker.head.network import Kind, TwoLogits, build_network, with_neighbours
-from worker.head.posterior import Curvature, Flavour, Structure, Subset, fit_laplace, train_network
+from worker.head.posterior import Curvature, Flavour, Prior, Structure, Subset, fit_laplace, train_network
 
 N, D = 120, 4
 PRIOR = 0.7
@@ -61,7 +63,9 @@ def dense_precision(net: nn.Sequential, data: tuple[Tensor, Tensor], flavour: Fl
 
 EXACT = [
     Flavour(subset, structure, curvature)
-    for subset, structure, curvature in itertools.product(Subset, (Structure.FULL, Structure.DIAG), Curvature)
+    for subset, structure, curvature in itertools.product(
+        (Subset.ALL, Subset.LAST_LAYER), (Structure.FULL, Structure.DIAG), Curvature
+    )
     if curvature is not Curvature.HESSIAN or structure is Structure.FULL
 ]
 
@@ -81,6 +85,52 @@ def test_covariance_matches_a_dense_reference(
         return
     expected = torch.linalg.inv(dense_precision(net, data, flavour, effective))
     assert torch.allclose(found.covariance.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    # The reference of the ablation is another way to the same numbers.
+    assert relative_error(dense_covariance(found, *data, flavour, effective=effective), expected) < 1e-4
+
+
+@pytest.mark.parametrize("structure", [Structure.FULL, Structure.DIAG])
+def test_a_subnetwork_is_conditioned_on_the_other_weights(data: tuple[Tensor, Tensor], structure: Structure) -> None:
+    net = network(Kind.MLP, data)
+    found = fit_laplace(net, *data, Flavour(Subset.SUBNETWORK, structure), prior_precision=PRIOR)
+    precision = dense_precision(net, data, Flavour(structure=structure), N)
+    chosen = found.mean.abs().argsort(descending=True)[: found.root.shape[1]]
+    assert len(chosen) == pytest.approx(len(found.mean) / 4, abs=1)
+    expected = torch.zeros_like(precision)
+    expected[chosen[:, None], chosen] = torch.linalg.inv(precision[chosen[:, None], chosen])
+    assert relative_error(found.covariance, expected) < 1e-3
+    assert relative_error(dense_covariance(found, *data, Flavour(structure=structure)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("structure", [Structure.FULL, Structure.DIAG])
+def test_marginal_likelihood_is_at_its_maximum(data: tuple[Tensor, Tensor], structure: Structure) -> None:
+    """log evidence = const + (log|prior| - log|posterior precision| - mean' prior mean) / 2, flat at the optimum."""
+    net = network(Kind.MLP, data)
+    found = fit_laplace(net, *data, Flavour(structure=structure, prior=Prior.MARGINAL), prior_precision=PRIOR)
+    chosen = float(found.prior_precision[0])
+    assert torch.all(found.prior_precision == chosen)
+    size, mean = len(found.mean), found.mean.double()
+    curvature = dense_precision(net, data, Flavour(structure=structure), N) - PRIOR * torch.eye(
+        size, dtype=torch.float64
+    )
+
+    def evidence(precision: float) -> float:
+        posterior = curvature + precision * torch.eye(size, dtype=torch.float64)
+        return 0.5 * float(size * np.log(precision) - torch.logdet(posterior) - precision * mean @ mean)
+
+    assert evidence(chosen) >= max(evidence(0.8 * chosen), evidence(1.25 * chosen))
+
+
+def test_priors_of_layers_and_of_held_out_pixels(data: tuple[Tensor, Tensor]) -> None:
+    net = network(Kind.MLP, data)
+    layers = fit_laplace(net, *data, Flavour(prior=Prior.MARGINAL_LAYERS), prior_precision=PRIOR)
+    assert len(set(layers.prior_precision.tolist())) == len(list(net.parameters()))
+    assert relative_error(layers.covariance, dense_covariance(layers, *data, Flavour())) < 1e-3
+    half = (data[0][:60], data[1][:60])
+    chosen = fit_laplace(net, *half, Flavour(prior=Prior.HELD_OUT), held_out=(data[0][60:], data[1][60:]))
+    assert relative_error(chosen.covariance, dense_covariance(chosen, *half, Flavour())) < 1e-3
+    with pytest.raises(ValueError, match="held-out pixels"):
+        fit_laplace(net, *half, Flavour(prior=Prior.HELD_OUT))
 
 
 @pytest.mark.parametrize("kind", [Kind.LINEAR, Kind.MLP])
@@ -103,6 +153,9 @@ def test_linearised_samples_have_the_exact_moments(data: tuple[Tensor, Tensor]) 
          for row in rows]
     )  # fmt: skip
     expected = (slopes @ posterior.covariance * slopes).sum(1)
+    mean, variance = posterior.logit_moments(rows)
+    assert torch.allclose(variance, expected, rtol=1e-4)
+    assert torch.allclose(mean, net(rows)[:, 0].detach(), atol=1e-6)
     assert torch.allclose(draws.var(0), expected, rtol=0.1)
     assert torch.allclose(draws.mean(0), net(rows)[:, 0].detach(), atol=4 * float(expected.max() / 4000) ** 0.5)
 
@@ -119,6 +172,12 @@ def test_what_cannot_be_trusted_is_refused(data: tuple[Tensor, Tensor]) -> None:
         Flavour(structure="lowrank")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="full structure only"):
         Flavour(structure=Structure.DIAG, curvature=Curvature.HESSIAN)
+    with pytest.raises(ValueError, match="whole layers"):
+        Flavour(Subset.SUBNETWORK, Structure.KRON)
+    with pytest.raises(ValueError, match="that of all weights"):
+        Flavour(Subset.SUBNETWORK, prior=Prior.MARGINAL)
+    with pytest.raises(ValueError, match="biased"):
+        Flavour(curvature="mc_fisher")  # type: ignore[arg-type]
     net = network(Kind.LINEAR, data)
     with pytest.raises(ValueError, match="inside and from outside"):
         fit_laplace(net, data[0], torch.ones(N, dtype=torch.bool))
