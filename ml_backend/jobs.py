@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from rq.timeouts import JobTimeoutException
@@ -50,9 +50,11 @@ MAX_EMBED_WAITING = 256
 #: Images of a batch that one job holds: within it reading, model and masks overlap.
 CHUNK = 8
 
-_ANSWER: TypeAdapter[SegmentResult | Failure] = TypeAdapter(SegmentResult | Failure)
-_TRAIN_ANSWER: TypeAdapter[TrainResult | Failure] = TypeAdapter(TrainResult | Failure)
-_BATCH_ANSWER: TypeAdapter[PrelabelResult | Failure] = TypeAdapter(PrelabelResult | Failure)
+M = TypeVar("M", bound=contract.Message)
+_ANSWERS: dict[type[contract.Message], TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind | Failure)  # type: ignore[arg-type] - a type form, which mypy does not see in a loop
+    for kind in (SegmentResult, PrelabelResult, TrainResult)
+}
 
 
 class JobFailed(Exception):  # noqa: N818 (a name others catch)
@@ -108,37 +110,31 @@ def image_key(image: ImageRef) -> str:
     return hashlib.sha256(image.model_dump_json().encode()).hexdigest()[:16]
 
 
-def to_result(answer: Any) -> SegmentResult:
-    """What `segment` returned, checked. Raises JobFailed for a Failure and for anything else."""
+def _checked(kind: type[M], answer: Any) -> M:
     try:
-        message = _ANSWER.validate_python(answer)
+        message = _ANSWERS[kind].validate_python(answer)
     except ValidationError as error:
-        raise worker_failed(f"an answer that is no SegmentResult ({error.error_count()} errors)") from error
+        raise worker_failed(f"an answer that is no {kind.__name__} ({error.error_count()} errors)") from error
     if isinstance(message, Failure):
         raise JobFailed(message.error, message.hint, message.status)
+    assert isinstance(message, kind)
     return message
+
+
+def to_result(answer: Any) -> SegmentResult:
+    """What `segment` returned, checked. Raises JobFailed for a Failure and for anything else."""
+    return _checked(SegmentResult, answer)
 
 
 def to_answers(answer: Any) -> list[PrelabelImage | PrelabelFailure]:
     """What `prelabel` returned, checked. Raises JobFailed for a Failure and for anything else."""
-    try:
-        message = _BATCH_ANSWER.validate_python(answer)
-    except ValidationError as error:
-        raise worker_failed(f"an answer that is no PrelabelResult ({error.error_count()} errors)") from error
-    if isinstance(message, Failure):
-        raise JobFailed(message.error, message.hint, message.status)
+    message = _checked(PrelabelResult, answer)
     return [*message.images, *message.failed]
 
 
 def to_train_result(answer: Any) -> TrainResult:
     """What `train` returned, checked. Raises JobFailed for a Failure and for anything else."""
-    try:
-        message = _TRAIN_ANSWER.validate_python(answer)
-    except ValidationError as error:
-        raise worker_failed(f"an answer that is no TrainResult ({error.error_count()} errors)") from error
-    if isinstance(message, Failure):
-        raise JobFailed(message.error, message.hint, message.status)
-    return message
+    return _checked(TrainResult, answer)
 
 
 def in_chunks(items: Iterable[PrelabelItem], size: int = CHUNK) -> Iterator[tuple[PrelabelItem, ...]]:

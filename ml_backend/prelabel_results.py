@@ -9,7 +9,7 @@ import defusedxml.ElementTree
 
 from ml_backend.errors import ConfigError
 from ml_backend.labeling_config import LabelingConfig
-from ml_backend.regions import RING_WIDTH, stable_id
+from ml_backend.regions import proposal_region, stable_id
 from worker.contract import PrelabelImage
 
 #: What every model version of ours begins with.
@@ -88,22 +88,6 @@ def prediction(image: PrelabelImage, controls: Controls, version: str, *, unlabe
             identity = stable_id(version, image.key, number, part)
             result.append({**common, "id": identity, "from_name": name, "type": tag, "value": value, "score": score})
     if image.proposal is not None and config.proposal is not None:
-        proposal = image.proposal
-        result.append(
-            {
-                **common,
-                "id": stable_id(version, image.key, "next"),
-                "from_name": config.proposal.name,
-                "type": config.proposal.tag,
-                "value": {
-                    "x": 100 * proposal.x / image.width,
-                    "y": 100 * proposal.y / image.height,
-                    "width": RING_WIDTH,
-                    config.proposal.tag: [config.next_label(proposal.positive)],
-                },
-                "score": proposal.score,
-                # A temporary region: the first tick or cross deletes it.
-                "dynamic": True,
-            }
-        )
+        identity = stable_id(version, image.key, "next")
+        result.append(proposal_region(image.proposal, config, config.proposal, common, identity))
     return {"model_version": version, "score": round(image.confidence, 4), "result": result}

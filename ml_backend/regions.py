@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from ml_backend.labeling_config import LabelingConfig
+from ml_backend.labeling_config import Control, LabelingConfig
 from ml_backend.prompts import Session
-from worker.contract import SegmentResult
+from worker.contract import Proposal, SegmentResult
 
 #: Diameter of the ring, percent of the image width, as Label Studio draws keypoints.
 RING_WIDTH = 0.8
@@ -53,21 +53,27 @@ def build(result: SegmentResult, session: Session, config: LabelingConfig, regio
     proposal = result.proposal
     if proposal is not None and config.proposal is not None:
         clicks = [(c.x, c.y, c.positive) for c in session.prompts.clicks]
-        regions.append(
-            {
-                **common,
-                "id": stable_id(region_id, "next", session.ids, clicks, session.prompts.box),
-                "from_name": config.proposal.name,
-                "type": config.proposal.tag,
-                "value": {
-                    "x": 100 * proposal.x / session.width,
-                    "y": 100 * proposal.y / session.height,
-                    "width": RING_WIDTH,
-                    config.proposal.tag: [config.next_label(proposal.positive)],
-                },
-                "score": proposal.score,
-                # Marks a temporary region: accepting or rejecting the mask deletes it, and it is never saved.
-                "dynamic": True,
-            }
-        )
+        identity = stable_id(region_id, "next", session.ids, clicks, session.prompts.box)
+        regions.append(proposal_region(proposal, config, config.proposal, common, identity))
     return regions
+
+
+def proposal_region(
+    proposal: Proposal, config: LabelingConfig, control: Control, common: dict[str, Any], identity: str
+) -> dict[str, Any]:
+    """The ring of a proposal; `common` states the image's size, and what else every region of it has."""
+    return {
+        **common,
+        "id": identity,
+        "from_name": control.name,
+        "type": control.tag,
+        "value": {
+            "x": 100 * proposal.x / common["original_width"],
+            "y": 100 * proposal.y / common["original_height"],
+            "width": RING_WIDTH,
+            control.tag: [config.next_label(proposal.positive)],
+        },
+        "score": proposal.score,
+        # Marks a temporary region: accepting or rejecting the mask deletes it, and it is never saved.
+        "dynamic": True,
+    }

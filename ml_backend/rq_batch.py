@@ -23,6 +23,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from ml_backend.jobs import JobFailed, in_chunks, to_answers
+from ml_backend.rq_results import read_results, reason, restore, result_key
 from worker import contract
 from worker.contract import (
     WORKER_KEY,
@@ -117,26 +118,17 @@ class RqBatch:
 
     def _read(self) -> list[tuple[str, Result]]:
         """Results that are there, waited for until it is time to look after the jobs."""
-        keys = {_result_key(job_id): job_id for job_id in self._flights}
-        response: Any = self._redis.xread(dict.fromkeys(keys, "0-0"), count=1, block=int(LOOK_EVERY_S * 1000))
-        self._away_since = None if response else self._away_since
-        found = []
-        for key, entries in response.items() if isinstance(response, dict) else response or []:
-            entry = entries[0]
-            while not isinstance(entry[1], dict):  # redis-py nests entries differently under the two protocols
-                entry = entry[0]
-            job_id = keys[key.decode()]
-            result = Result.restore(job_id, "0-0", dict(entry[1]), connection=self._redis, serializer=JSONSerializer)
-            found.append((job_id, result))
-            self._redis.delete(key, Job.key_for(job_id))
-        return found
+        read = read_results(self._redis, self._flights, int(LOOK_EVERY_S * 1000))
+        self._away_since = None if read else self._away_since
+        for job_id, _ in read:
+            self._redis.delete(result_key(job_id), Job.key_for(job_id))
+        return [(job_id, restore(self._redis, job_id, fields)) for job_id, fields in read]
 
     def _answers(self, flight: _Flight, result: Result) -> Iterator[PrelabelImage | PrelabelFailure]:
         if result.type == Result.Type.SUCCESSFUL:
             yield from to_answers(result.return_value)
             return
-        reason = (result.exc_string or "no reason given").strip().rpartition("\n")[2]
-        log.error("a job of %d images failed: %s", len(flight.items), reason)
+        log.error("a job of %d images failed: %s", len(flight.items), reason(result))
         yield from self._once_more(flight, "The worker failed on this image.", "The reason is in the worker's log.")
 
     def _look_after(self) -> Iterator[PrelabelFailure]:
@@ -155,7 +147,7 @@ class RqBatch:
                 flight.lost_since = None
             elif flight.lost_since is None:
                 flight.lost_since = now
-            elif now - flight.lost_since > LOST_S and not self._redis.exists(_result_key(job_id)):
+            elif now - flight.lost_since > LOST_S and not self._redis.exists(result_key(job_id)):
                 log.warning("a job of %d images is lost: its worker is gone; once more", len(flight.items))
                 del self._flights[job_id]
                 yield from self._once_more(
@@ -214,7 +206,3 @@ class RqBatch:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _result_key(job_id: str) -> str:
-    return str(Result.get_key(job_id))  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from ml_backend.jobs import (
     worker_failed,
 )
 from ml_backend.rq_batch import RqBatch
+from ml_backend.rq_results import Fields, read_results, reason, restore, result_key
 from ml_backend.rq_training import RqTraining
 from worker import contract
 from worker.contract import (
@@ -249,8 +250,8 @@ class RqRunner:
         older_id = _text(older) if isinstance(older, str | bytes) else None
         if older_id is not None and self._redis.lrem(rq_queue.key, 0, older_id):
             with self._redis.pipeline() as pipe:
-                pipe.xadd(_result_key(older_id), {"superseded": 1})
-                pipe.expire(_result_key(older_id), RESULT_TTL_S)
+                pipe.xadd(result_key(older_id), {"superseded": 1})
+                pipe.expire(result_key(older_id), RESULT_TTL_S)
                 pipe.delete(Job.key_for(older_id))
                 pipe.execute()
         return job_id
@@ -271,33 +272,25 @@ class RqRunner:
         self._redis.expire(Job.key_for(attempts[-1]), RESULT_TTL_S)
         return self._enqueue(f"{base}-{len(attempts) + 1}", payload, session, left_s, at_front=True)
 
-    def _read(self, job_ids: list[str], block_s: float) -> tuple[str, Mapping[bytes, bytes]] | None:
+    def _read(self, job_ids: list[str], block_s: float) -> tuple[str, Fields] | None:
         """First result of any of the attempts: (job id, fields of the result)."""
-        keys = {_result_key(job_id): job_id for job_id in job_ids}
-        response: Any = self._redis.xread(dict.fromkeys(keys, "0-0"), count=1, block=max(1, int(block_s * 1000)))
-        if not response:
-            return None
-        key, entries = next(iter(response.items())) if isinstance(response, dict) else response[0]
-        entry = entries[0]
-        while not isinstance(entry[1], dict):  # redis-py nests entries differently under the two protocols
-            entry = entry[0]
-        return keys[key.decode()], entry[1]
+        return next(iter(read_results(self._redis, job_ids, max(1, int(block_s * 1000)))), None)
 
-    def _answer(self, job_id: str, fields: Mapping[bytes, bytes]) -> SegmentResult | None:
+    def _answer(self, job_id: str, fields: Fields) -> SegmentResult | None:
         """What the result says; None if it is not a worker that speaks, but RQ's clean-up, and then it is dropped.
 
         RQ gives up jobs by the time of day, and a clock may be wrong. Who carries a job is known better here.
         """
         if b"superseded" in fields:
             raise superseded()
-        result = Result.restore(job_id, "0-0", dict(fields), connection=self._redis, serializer=JSONSerializer)
+        result = restore(self._redis, job_id, fields)
         if result.type == Result.Type.SUCCESSFUL:
             return to_result(result.return_value)
-        reason = (result.exc_string or "no reason given").strip().rpartition("\n")[2]
-        if "AbandonedJobError" in reason:
-            self._redis.delete(_result_key(job_id))
+        why = reason(result)
+        if "AbandonedJobError" in why:
+            self._redis.delete(result_key(job_id))
             return None
-        raise worker_failed(reason, job_id)
+        raise worker_failed(why, job_id)
 
     def _drop(self, job_id: str) -> None:
         """Take a job that nobody waits for any more out of the queue."""
@@ -336,10 +329,6 @@ def _age_s(since: bytes | None) -> float | None:
     if since is None:
         return None
     return round(max(0.0, (datetime.now(UTC) - utcparse(_text(since))).total_seconds()), 3)
-
-
-def _result_key(job_id: str) -> str:
-    return str(Result.get_key(job_id))  # type: ignore[no-untyped-call]
 
 
 def _redis_failed(error: redis.RedisError) -> JobFailed:

@@ -20,6 +20,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from ml_backend.jobs import JobFailed, to_train_result, worker_failed
+from ml_backend.rq_results import read_results, reason, restore, result_key
 from worker import contract
 from worker.contract import PROGRESS_KEY, WORKER_KEY, WORKERS_KEY, Queue, TrainJob, TrainResult
 
@@ -100,27 +101,19 @@ class RqTraining:
 
     def _read(self) -> Result | None:
         """The first result of any attempt, waited for until it is time to look after the job."""
-        keys = {str(Result.get_key(job_id)): job_id for job_id in self._attempts}  # type: ignore[no-untyped-call]
-        response: Any = self._redis.xread(dict.fromkeys(keys, "0-0"), count=1, block=int(LOOK_EVERY_S * 1000))
-        if not response:
-            return None
-        key, entries = next(iter(response.items())) if isinstance(response, dict) else response[0]
-        entry = entries[0]
-        while not isinstance(entry[1], dict):  # redis-py nests entries differently under the two protocols
-            entry = entry[0]
-        found = keys[key.decode()]
-        return Result.restore(found, "0-0", dict(entry[1]), connection=self._redis, serializer=JSONSerializer)
+        read = read_results(self._redis, self._attempts, int(LOOK_EVERY_S * 1000))
+        return restore(self._redis, *read[0]) if read else None
 
     def _is_given_up(self, result: Result) -> bool:
         """Whether RQ's clean-up speaks, by the time of day of some machine. Who carries a job is known better here."""
         if result.type == Result.Type.SUCCESSFUL or "AbandonedJobError" not in (result.exc_string or ""):
             return False
-        self._redis.delete(str(Result.get_key(result.job_id)))  # type: ignore[no-untyped-call]
+        self._redis.delete(result_key(result.job_id))
         return True
 
     def _answer(self, result: Result) -> TrainResult:
         if result.type != Result.Type.SUCCESSFUL:
-            raise worker_failed((result.exc_string or "no reason given").strip().rpartition("\n")[2])
+            raise worker_failed(reason(result))
         return to_train_result(result.return_value)
 
     def _once_more(self) -> None:
