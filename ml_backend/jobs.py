@@ -52,7 +52,7 @@ CHUNK = 8
 
 M = TypeVar("M", bound=contract.Message)
 _ANSWERS: dict[type[contract.Message], TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind | Failure)  # type: ignore[arg-type] - a type form, which mypy does not see in a loop
+    kind: TypeAdapter(kind | Failure)  # type: ignore[arg-type]  # a type form, unseen in a loop
     for kind in (SegmentResult, PrelabelResult, TrainResult)
 }
 
