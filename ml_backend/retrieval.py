@@ -248,9 +248,7 @@ class Retrieval:
             if rest:
                 self._prelabel(journal, rest)
             if answered:
-                while time.time() < handed_over + STORED_S and not self._stop.is_set():
-                    time.sleep(0.2)
-                if self._stop.is_set():
+                if self._stop.wait(min(STORED_S, max(0.0, handed_over + STORED_S - time.time()))):
                     return
                 self._prelabel(journal, answered)
             journal.add(FINISHED, time.time())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Engine, or_, select, update
 
 from ml_backend.clicks.derive import in_order, read_prompts
 from ml_backend.clicks.events import result_digest, unpack_rle
@@ -109,9 +109,12 @@ class Recovery:
 
 def recover_due(engine: Engine, api: AnnotationApi) -> None:
     """Attempt every recovery that is due, once."""
-    due = select(recoveries).where(recoveries.c.status == PENDING, recoveries.c.due <= time.time())
+    now = time.time()
+    # None is put off for longer than that: the clock was set back.
+    due = or_(recoveries.c.due <= now, recoveries.c.due > now + CLAIM_S + max(RETRY_AFTER_S))
+    pending = select(recoveries).where(recoveries.c.status == PENDING, due)
     with engine.connect() as connection:
-        found = fetch(connection, due.order_by(recoveries.c.id))
+        found = fetch(connection, pending.order_by(recoveries.c.id))
     for row in found:
         mine = recoveries.c.id == row["id"]
         claim = update(recoveries).where(mine, recoveries.c.attempts == row["attempts"], recoveries.c.status == PENDING)

@@ -144,6 +144,16 @@ def test_a_studio_that_does_not_answer_is_asked_again(engine, table):
     assert (studio.writes, table("recoveries")[0]["status"]) == (1, "restored")
 
 
+def test_a_clock_that_was_set_back_puts_nothing_off(engine, table):
+    result = [leftover("a"), leftover("b")]
+    submit(engine, result)
+    with engine.begin() as connection:
+        connection.execute(update(recoveries).values(due=time.time() + 86_400))
+    studio = Studio(result)
+    recover_due(engine, studio)
+    assert (studio.writes, table("recoveries")[0]["status"]) == (1, "restored")
+
+
 def test_it_gives_up_in_the_end(engine, table):
     submit(engine, [leftover("a"), leftover("b")])
     studio = Studio([])
