@@ -29,6 +29,9 @@ INSIDE_COLOUR = "#cc79a7"
 OUTSIDE_COLOUR = "#d55e00"
 PROMPT_COLOUR = "#ffd400"
 
+#: Configs of so many characters are not read anew for each click; what is longer may be anything.
+KEPT_LENGTH = 50_000
+
 _RUN_CONFIG_XML = "`bald-sam config-xml --labels Object` prints a complete config."
 
 
@@ -102,7 +105,8 @@ def parse(label_config: str, to_name: str | None = None) -> LabelingConfig:
             "The labelling config of the project is empty.",
             f"Paste one under Settings > Labeling Interface > Code. {_RUN_CONFIG_XML}",
         )
-    return _parse(label_config, to_name)
+    known = _parse if len(label_config) <= KEPT_LENGTH else _parse.__wrapped__
+    return known(label_config, to_name)
 
 
 @lru_cache(maxsize=256)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 #: Tasks that were opened and whose followers are still to be asked for; more annotators than that wait for none.
 MAX_WAITING = 64
+#: Projects whose last task is remembered.
+MAX_PROJECTS = 1000
 UNCERTAINTY = "Uncertainty sampling"
 
 
@@ -46,6 +48,8 @@ class Prefetch:
         with self._lock:
             if self._last.get(project) == number:
                 return
+            if len(self._last) >= MAX_PROJECTS:
+                self._last.clear()
             self._last[project] = number
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
