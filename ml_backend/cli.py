@@ -102,9 +102,10 @@ def serve(host: str, port: int, threads: int, no_auth: bool, **options: str | No
     """Serve Label Studio."""
     import waitress
 
-    from ml_backend import auth, logs
+    from ml_backend import auth, logs, memory
     from ml_backend.errors import BackendError
 
+    memory.share_arenas()
     settings = load_settings(**options)
     try:
         auth.check_exposure(host, settings, no_auth=no_auth)
