@@ -60,7 +60,8 @@ def is_random(strategy: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _model(setup: Setup) -> tuple[Backbone, Proposer]:
+def model(setup: Setup) -> tuple[Backbone, Proposer]:
+    """The backbone and proposer of a set-up, built once in a process."""
     torch.set_num_threads(setup.threads)
     backbone = build(
         setup.backbone,
@@ -74,7 +75,7 @@ def _model(setup: Setup) -> tuple[Backbone, Proposer]:
 
 def open_session(setup: Setup, pair: Pair) -> Session:
     """Read a pair and encode its image."""
-    backbone, proposer = _model(setup)
+    backbone, proposer = model(setup)
     image = pair.read_image()
     embedding = encode(backbone, image)
     return Session(backbone, proposer, embedding, image, pair.read_mask(), pair.read_ignore())

@@ -14,6 +14,7 @@ import click
 
 #: Command -> (module:attribute, one line of help).
 COMMANDS = {
+    "ablate": ("ml_backend.ablate_cli:ablate", "Compare Laplace settings on several backbones."),
     "bench": ("ml_backend.bench_cli:bench", "Measure speed, as ratios within one run."),
     "clicks": ("ml_backend.clicks_cli:clicks", "Export and report the click log."),
     "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),

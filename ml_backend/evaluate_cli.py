@@ -88,6 +88,7 @@ def evaluate(
     from evaluation.run import Setup, is_random, run
     from evaluation.session import HUMAN
     from worker import acquisition
+    from worker.backbones.checkpoints import CheckpointError
 
     settings = Settings()
     names = [name.strip() for name in strategies.split(",") if name.strip()]
@@ -116,8 +117,8 @@ def evaluate(
             threads=1,
         )
         same_setup_or_fail(setup, out, sessions)
-        run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=_progress(), recorded=recorded)
-    except ValueError as error:
+        run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=progress_line(), recorded=recorded)
+    except (ValueError, CheckpointError) as error:
         fail(str(error))
     wanted = {(pair.dataset, pair.name) for pair in pairs}
     rows = summary.read_clicks(out / "clicks.csv")
@@ -171,7 +172,7 @@ def same_setup_or_fail(setup: Setup, out: Path, sessions: Path | None = None) ->
     path.write_text(json.dumps(described, indent=1) + "\n")
 
 
-class _progress:  # noqa: N801 - used as a function
+class progress_line:  # noqa: N801 - used as a function
     """A line on stderr with an estimate of the time left, at most once a second."""
 
     def __init__(self) -> None:

@@ -63,17 +63,21 @@ def collect(
     examples: Iterable[Example | Visited],
     options: SessionOptions,
     *,
+    features: Callable[[Decoded, Prompts], Tensor] = pixel_features,
     progress: Callable[[int], None] | None = None,
 ) -> Pixels:
-    """Run one session per example and keep pixels of every state. Raises ValueError when there is no example."""
+    """Run one session per example and keep pixels of every state. Raises ValueError when there is no example.
+
+    `features`: (d, h, w) maps of which pixels are kept.
+    """
     rng = np.random.default_rng(options.seed)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     objects, counts, names = [], [], []
     with torch.inference_mode():
         for number, example in enumerate(examples):
             for prompts, decoded, labels in _session(backbone, _visited(example, backbone), options.clicks, rng):
-                features = pixel_features(decoded, prompts)
-                kept.append(_sample(features, labels, decoded, options.pixels, rng))
+                maps = features(decoded, prompts)
+                kept.append(_sample(maps, labels, decoded, options.pixels, rng))
                 objects.append(number)
                 counts.append(len(prompts.clicks))
             names.append(example.name)
@@ -81,8 +85,8 @@ def collect(
                 progress(number + 1)
     if not kept:
         raise ValueError("There is nothing to train on: give folders with images and masks.")
-    features, labels, weights = (torch.stack([state[i] for state in kept]).clone() for i in range(3))
-    return Pixels(features, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
+    rows, labels, weights = (torch.stack([state[i] for state in kept]).clone() for i in range(3))
+    return Pixels(rows, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
 
 
 def _visited(example: Example | Visited, backbone: Backbone) -> Visited:

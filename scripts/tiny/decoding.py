@@ -13,16 +13,6 @@ from torch import Tensor
 NOTHING, NEGATIVE, POSITIVE, CORNER, OTHER_CORNER = -1, 0, 1, 2, 3  # what a prompt token is
 
 
-def resize_sam(sam: Sam, size: int) -> None:
-    """Make `sam` expect images padded to `size` x `size`; no weight depends on it."""
-    side = size // 8
-    sam.image_encoder.img_size = size
-    sam.tiny_config["img_size"] = size
-    sam.prompt_encoder.input_image_size = (size, size)
-    sam.prompt_encoder.image_embedding_size = (side, side)
-    sam.prompt_encoder.mask_input_size = (4 * side, 4 * side)
-
-
 def prompt_tokens(sam: Sam, points: Tensor, kinds: Tensor) -> Tensor:
     """N x T x 2 points ((x, y), pixels of the input frame) and N x T kinds to N x T x C tokens."""
     encoder = sam.prompt_encoder

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tiny.decoding import resize_sam
 from tiny.pool import Pool
 from tiny.samples import Samples
 from tiny.session import normalise, session_loss
 from tiny.teacher import TeacherFeatures
 from tiny.validation import validate
 from tiny.warmup import warm_up
-from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
+from worker.backbones.tiny import build_tiny, load_tiny, resize_tiny, save_tiny
 
 
 class Run:
@@ -132,7 +131,7 @@ class Run:
 
     def export(self, path: Path) -> None:
         """Write the averaged weights as they ship, at the input size of the present stage."""
-        resize_sam(self.average, self.config["stages"][self._stage()]["size"])
+        resize_tiny(self.average, self.config["stages"][self._stage()]["size"])
         images = self.step * self.config["train"]["batch"]
         save_tiny(
             self.average.eval(),
@@ -214,8 +213,8 @@ class Run:
                 if self._stage() != stage:
                     stage = self._stage()
                     size = self.config["stages"][stage]["size"]
-                    resize_sam(self.sam, size)
-                    resize_sam(self.average, size)
+                    resize_tiny(self.sam, size)
+                    resize_tiny(self.average, size)
                     samples = self._samples(size)
                     batches = self._batches(samples, workers)
                 factor = self._schedule()

@@ -13,8 +13,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiny.decoding import resize_sam
 from tiny.session import session_loss
+from worker.backbones.tiny import resize_tiny
 
 
 def random_maps(rng: np.random.Generator, count: int, side: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def random_maps(rng: np.random.Generator, count: int, side: int, dim: int) -> tu
 
 def warm_up(sam: Sam, *, steps: int, side: int, count: int, lr: float, seed: int) -> list[float]:
     """Train the prompt encoder and the mask decoder of `sam`; returns each step's IoU after the first click."""
-    resize_sam(sam, side)
+    resize_tiny(sam, side)
     parameters = [*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     curve = []

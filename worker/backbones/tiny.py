@@ -182,6 +182,16 @@ def build_tiny(
     return sam.eval()
 
 
+def resize_tiny(sam: Sam, img_size: int) -> None:
+    """Make a `build_tiny` model expect images padded to another `img_size`; no weight depends on it."""
+    side = img_size // STRIDE
+    sam.image_encoder.img_size = img_size
+    sam.tiny_config["img_size"] = img_size
+    sam.prompt_encoder.input_image_size = (img_size, img_size)
+    sam.prompt_encoder.image_embedding_size = (side, side)
+    sam.prompt_encoder.mask_input_size = (4 * side, 4 * side)
+
+
 def save_tiny(sam: Sam, path: Path, notes: dict[str, str] | None = None) -> None:
     """Write the weights of a `build_tiny` model in half precision; its sizes and `notes` go to the file's metadata."""
     tensors = {

@@ -245,7 +245,9 @@ def _fitted(
         prior_precision=prior_precision,
         temperature=1.0 if effective is None else len(inputs) / effective,
     )
-    laplace.fit(DataLoader(TensorDataset(inputs, labels.long()), batch_size=4096))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about how the curvature back end hooks modules
+        laplace.fit(DataLoader(TensorDataset(inputs, labels.long()), batch_size=4096))
     return laplace
 
 
