@@ -29,6 +29,8 @@ INSIDE_COLOUR = "#cc79a7"
 OUTSIDE_COLOUR = "#d55e00"
 PROMPT_COLOUR = "#ffd400"
 
+NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
 #: Configs of so many characters are not read anew for each click; what is longer may be anything.
 KEPT_LENGTH = 50_000
 
@@ -262,6 +264,8 @@ def recommended_config(labels: Sequence[str], *, per_class: bool = False, boxes:
     slugs = [slug(name) for name in names]
     if not names or not all(names):
         raise ConfigError("At least one label is needed, and none may be empty.", "For example: --labels Car,Wheel.")
+    if any(NOT_XML.search(name) for name in names):
+        raise ConfigError("A label holds a character that XML has no place for.", "Write it without.")
     if len(set(names)) < len(names) or (per_class and (len(set(slugs)) < len(slugs) or not all(slugs))):
         raise ConfigError("Two labels are the same or too much alike.", "Give each label a name of its own.")
     if any(name.casefold().startswith(NEXT_PREFIX) for name in names):

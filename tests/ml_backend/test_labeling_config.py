@@ -3,9 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from ml_backend.errors import ConfigError
-from ml_backend.labeling_config import Control, parse, recommended_config
+from ml_backend.labeling_config import MASK_TAGS, Control, parse, recommended_config
 
 CAPTURED = Path(__file__).parent.parent / "fixtures" / "label_studio" / "labeling_config.xml"
 BRUSH = '<BrushLabels name="brush" toName="image" smart="false"><Label value="Object"/></BrushLabels>'
@@ -129,3 +132,53 @@ def test_plain_brush_and_several_targets() -> None:
     config = parse(view(IMAGE, '<Brush name="b" toName="other, image" smart="false"/>', POINT))
     assert config.mask.tag == "brush"
     assert config.label_of(config.points[0]) is None
+
+
+@hypothesis_settings(deadline=None, max_examples=400)
+@given(st.lists(st.text(max_size=12), max_size=4), st.booleans(), st.booleans())
+def test_any_labels_are_refused_or_come_back_as_they_are(labels: list[str], per_class: bool, boxes: bool) -> None:
+    try:
+        xml = recommended_config(labels, per_class=per_class, boxes=boxes)
+    except ConfigError as error:
+        assert error.hint
+        return
+    config = parse(xml)
+    assert list(config.mask.labels) == [label.strip() for label in labels]
+    assert config.warnings == ()
+    assert xml.encode().decode() == xml
+    if per_class:
+        assert [config.label_of(point) for point in config.points] == list(config.mask.labels)
+
+
+TAGS = ["View", "Image", "BrushLabels", "Brush", "KeyPoint", "KeyPointLabels", "RectangleLabels", "Rectangle", "Label"]
+ATTRIBUTES = ["name", "toName", "value", "valueList", "smart", "alias"]
+TEXTS = ["", "image", "img2", "$image", "$", "image,img2", "next", "Next click: inside?", "A", "B", "true", "false"]
+elements: st.SearchStrategy[str] = st.recursive(
+    st.just(""),
+    lambda inner: st.builds(
+        lambda tag, attributes, children: f"<{tag}{attributes}>{''.join(children)}</{tag}>",
+        st.sampled_from([*TAGS, "View", "Header"]),
+        st.dictionaries(st.sampled_from(ATTRIBUTES), st.sampled_from(TEXTS)).map(
+            lambda found: "".join(f' {name}="{value}"' for name, value in found.items())
+        ),
+        st.lists(inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+likely = st.lists(st.sampled_from([IMAGE, BRUSH, POINT]) | elements, max_size=6).map(lambda parts: view(*parts))
+
+
+@hypothesis_settings(deadline=None, max_examples=400)
+@given(likely | elements | st.text(max_size=60), st.none() | st.sampled_from(TEXTS))
+def test_any_config_is_read_or_refused_in_words(xml: str, image: str | None) -> None:
+    try:
+        config = parse(xml, image)
+    except ConfigError as error:
+        assert error.error
+        assert error.hint
+        return
+    assert config.mask.tag in MASK_TAGS
+    assert config.points or config.boxes
+    for control in (*config.points, *config.boxes):
+        label = config.label_of(control, "A")
+        assert label is None or config.mask.tag == "brush" or label in config.mask.labels
