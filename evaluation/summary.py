@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pandas as pd
 
 from evaluation import metrics
 from evaluation.session import HUMAN, USERS
+from evaluation.stopping import trade_at
 
+Key = tuple[str, str]
 MEASURES = ("iou_1", "iou_final", "best_iou", "delta_iou", "auc", "noc85", "noc90", "failures85", "failures90")
 #: Who knows the truth, people included, is ranked, too, but apart.
 WITH_TRUTH = frozenset(USERS) | {HUMAN}
@@ -34,12 +38,21 @@ def object_table(clicks: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(["dataset", "pair", "strategy"], as_index=False, sort=False)[list(MEASURES)].mean()
 
 
-def summarise(clicks: pd.DataFrame, images: dict[tuple[str, str], str]) -> dict[str, Any]:
+def summarise(
+    clicks: pd.DataFrame,
+    images: dict[Key, str],
+    *,
+    thin: Collection[Key] | None = None,
+    stops: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Per data set and strategy: means of the measures, ci95 of auc and noc85 over images, ranks by auc.
 
     `images`: (dataset, pair) -> image, the unit of the bootstrap. Means are over pairs (seeds averaged first).
     `rank`: among all strategies; `rank_without_truth`: among those that do not read the ground truth.
     `overall`: the same over all data sets together (pairs pooled), and the mean of the ranks.
+    `first_minus`: other strategy -> paired differences of the first strategy in `clicks` to it.
+    With `thin`, the pairs whose object is thin: `thin` and `compact`, the same over the pairs of either kind.
+    With `stops`, strategy -> expected gain under which it stops: `stopping`, share of the clicks saved and IoU lost.
     """
     objects = object_table(clicks)
     per_set = {str(name): _strategies(group, images) for name, group in objects.groupby("dataset", sort=False)}
@@ -49,7 +62,29 @@ def summarise(clicks: pd.DataFrame, images: dict[tuple[str, str], str]) -> dict[
             found = [table[strategy][key] for table in per_set.values() if key in table.get(strategy, {})]
             if found:
                 entry[key] = float(np.mean(found))
-    return {"datasets": per_set, "overall": overall}
+    result = {"datasets": per_set, "overall": overall, "first_minus": _differences(objects, images)}
+    if thin is not None:
+        of = np.array([key in thin for key in zip(objects["dataset"], objects["pair"], strict=True)])
+        result |= {name: _strategies(objects[part], images) for name, part in (("thin", of), ("compact", ~of))}
+    if stops is not None:
+        played = set(objects["strategy"])
+        trades = {name: trade_at(clicks, name, gain) for name, gain in stops.items() if name in played}
+        result["stopping"] = {name: asdict(trade) for name, trade in trades.items()}
+    return result
+
+
+def _differences(objects: pd.DataFrame, images: dict[Key, str]) -> dict[str, dict[str, list[float]]]:
+    """The first strategy minus each other on the same pairs: [mean, low, high], 95 % bootstrap over images."""
+    first, *others = objects["strategy"].unique()
+    found: dict[str, dict[str, list[float]]] = {str(other): {} for other in others}
+    for measure in ("auc", "iou_final", "best_iou", "noc85"):
+        wide = objects.pivot_table(index=["dataset", "pair"], columns="strategy", values=measure)
+        for other in others:
+            pairs = wide[[first, other]].dropna()
+            values = (pairs[first] - pairs[other]).to_numpy(float)
+            groups = [(dataset, images.get((dataset, pair), pair)) for dataset, pair in pairs.index]
+            found[str(other)][measure] = [float(values.mean()), *metrics.bootstrap(values, groups)]
+    return found
 
 
 def _strategies(objects: pd.DataFrame, images: dict[tuple[str, str], str]) -> dict[str, dict[str, Any]]:

@@ -83,9 +83,9 @@ def evaluate(
 
     A run that was stopped goes on where it was when it is started again with the same --out.
     """
-    from evaluation import plots, summary
+    from evaluation import metrics, plots, summary
     from evaluation.datasets import read_pairs, subset
-    from evaluation.run import Setup, is_random, run
+    from evaluation.run import Setup, is_random, model, run
     from evaluation.session import HUMAN
     from worker import acquisition
     from worker.backbones.checkpoints import CheckpointError
@@ -124,7 +124,10 @@ def evaluate(
     rows = summary.read_clicks(out / "clicks.csv")
     rows = rows[[key in wanted for key in zip(rows["dataset"], rows["pair"], strict=True)]]
     rows = rows[rows["strategy"].isin(names)]
-    result = summary.summarise(rows, {(pair.dataset, pair.name): str(pair.image) for pair in pairs})
+    _, proposer = model(setup)
+    thin = {(pair.dataset, pair.name) for pair in pairs if metrics.disc_share(pair.read_mask()) < metrics.THIN}
+    images = {(pair.dataset, pair.name): str(pair.image) for pair in pairs}
+    result = summary.summarise(rows, images, thin=thin, stops=proposer.head.stop)
     summary.write_summary(result, out / "summary.json")
     plots.curves(rows, out / "curves.png")
     plots.curves(rows, out / "curves_normalised.png", normalised=True)

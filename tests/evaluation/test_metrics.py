@@ -49,6 +49,21 @@ def test_object_measures() -> None:
     assert metrics.best_so_far(np.array([0.5, 0.9, 0.7])).tolist() == [0.5, 0.9, 0.9]
 
 
+def test_disc_share_of_known_shapes() -> None:
+    rows, cols = np.mgrid[:201, :201]
+    disc = (rows - 100) ** 2 + (cols - 100) ** 2 <= 80**2
+    assert metrics.disc_share(disc) == pytest.approx(1.0, abs=0.03)
+    square, bar = np.zeros((300, 500), bool), np.zeros((300, 500), bool)
+    square[50:250, 100:300] = True
+    bar[100:200, 50:450] = True
+    assert metrics.disc_share(square) == pytest.approx(np.pi / 4, abs=0.02)
+    assert metrics.disc_share(bar) == pytest.approx(np.pi / 16, abs=0.01)
+    # Cut by the border, the bar is as thin as before.
+    assert metrics.disc_share(bar[150:]) == pytest.approx(np.pi / 32, abs=0.01)
+    with pytest.raises(ValueError, match="no shape"):
+        metrics.disc_share(np.zeros((3, 3), bool))
+
+
 def test_ranks_share_ties() -> None:
     assert metrics.ranks({"a": 0.5, "b": 0.9, "c": 0.5}) == {"a": 2.5, "b": 1.0, "c": 2.5}
 

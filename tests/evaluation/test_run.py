@@ -116,6 +116,8 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert len(table) == 3
     keys = {"iou_1", "iou_final", "best_iou", "delta_iou", "auc", "noc85", "noc90", "failures85", "failures90", "ci95"}
     assert all(keys | {"rank"} <= set(entry) for entry in table.values())
+    assert summary["compact"].keys() == table.keys() and summary["thin"] == {}  # squares
+    assert summary["stopping"] == {}  # a head that was not calibrated has no rule
     for name in ("curves.png", "curves_normalised.png", "ranks.png", "film_squares_0.png"):
         assert (out / name).stat().st_size > 1000
     other = CliRunner().invoke(evaluate, ["3" if part == "2" else part for part in arguments])
