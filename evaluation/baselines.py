@@ -86,24 +86,26 @@ def one_shot_clicks(truth: Mask, count: int, place: Placement, rng: np.random.Ge
     return tuple(clicks)
 
 
-def grabcut(image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius: int = 4, rounds: int = 4) -> Mask:
+def grabcut(
+    image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius: int = 4, rounds: int = 4, side: int = 512
+) -> Mask:
     """OpenCV's GrabCut from clicks: discs around clicks are certain, the rest is likely background but near positives.
 
-    image: H x W x 3 RGB uint8; returns H x W bool.
+    image: H x W x 3 RGB uint8, worked on with at most `side` pixels; returns H x W bool.
     """
-    height, width = image.shape[:2]
-    labels = np.full((height, width), cv2.GC_PR_BGD, np.uint8)
-    reach = max(height, width) // 8
+    small, scale = _shrunk(image, side)
+    labels = np.full(small.shape[:2], cv2.GC_PR_BGD, np.uint8)
+    reach = max(labels.shape) // 8
     for positive, likely, certain in ((True, cv2.GC_PR_FGD, cv2.GC_FGD), (False, None, cv2.GC_BGD)):
         for click in (c for c in clicks if c.positive == positive):
             if likely is not None:
-                cv2.circle(labels, (int(click.x), int(click.y)), reach, likely, -1)
+                cv2.circle(labels, (int(click.x * scale), int(click.y * scale)), reach, likely, -1)
         for click in (c for c in clicks if c.positive == positive):
-            cv2.circle(labels, (int(click.x), int(click.y)), radius, certain, -1)
+            cv2.circle(labels, (int(click.x * scale), int(click.y * scale)), radius, certain, -1)
     cv2.setRNGSeed(0)
     models = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(image, labels, None, *models, rounds, cv2.GC_INIT_WITH_MASK)  # type: ignore[call-overload]
-    return np.asarray((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD))
+    cv2.grabCut(small, labels, None, *models, rounds, cv2.GC_INIT_WITH_MASK)  # type: ignore[call-overload]
+    return _enlarged((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), image)
 
 
 def random_walker(image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius: int = 3, side: int = 256) -> Mask:
@@ -113,15 +115,27 @@ def random_walker(image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius
     """
     from skimage.segmentation import random_walker as walk
 
-    height, width = image.shape[:2]
-    scale = min(1.0, side / max(height, width))
-    small = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    small, scale = _shrunk(image, side)
     labels = np.zeros(small.shape[:2], np.uint8)
     labels[0], labels[-1], labels[:, 0], labels[:, -1] = 2, 2, 2, 2
     for click in clicks:
         cv2.circle(labels, (int(click.x * scale), int(click.y * scale)), radius, 1 if click.positive else 2, -1)
     found = walk(small / 255.0, labels, beta=300, mode="cg_j", tol=1e-4, prob_tol=0.1, channel_axis=-1)
-    return np.asarray(cv2.resize((found == 1).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0)
+    return _enlarged(found == 1, image)
+
+
+def _shrunk(image: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float]:
+    """The image with at most `side` pixels along its longer side, and by what it was scaled."""
+    height, width = image.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    small = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    return small.astype(np.uint8), scale
+
+
+def _enlarged(mask: NDArray[np.bool_], image: NDArray[np.uint8]) -> Mask:
+    """A mask of the shrunk image at the image's own size."""
+    height, width = image.shape[:2]
+    return np.asarray(cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0)
 
 
 def _sample(region: Mask, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
