@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import stat
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from ml_backend.clicks import LoggedPrompt
 from ml_backend.clicks.export import FORMATS, export
 from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.clicks.people import read_key
@@ -116,6 +118,27 @@ def test_pointprompt(filled, tmp_path):
     assert thing["steps"][1]["seconds"] == 3.875
     assert thing["steps"][1]["iou_to_final"] > thing["steps"][0]["iou_to_final"]
     assert json.loads((out / "8" / "4.json").read_text())["objects"][0]["arm"] == "hide"
+
+
+def test_points_of_each_step_are_those_of_its_own_prompts(engine, tmp_path):
+    """Steps that add a prompt, add none, move one, take one away, bring a box."""
+    a, b, moved = ("a", 60.0, 40.0), ("b", 70.0, 45.0, False), ("a", 61.0, 40.0)
+    boxed = (LoggedPrompt("a", 10.0, 20.0, True, 30.0, 40.0), LoggedPrompt(*b))
+    steps = [[a], [a, b], [a, b], [moved, b], [moved], [moved, ("c", 1.0, 2.0), ("d", 3.0, 4.0)]]
+    answers = [answer(prompts, session="3:4:a") for prompts in steps]
+    write(engine, *answers, replace(answer([a], session="3:4:a"), prompts=boxed))
+    export(engine, "pointprompt", tmp_path, chosen=Filter(), key=None)
+    (thing,) = json.loads((tmp_path / "3" / "4.json").read_text())["objects"]
+    assert [(step["positive"], step["negative"]) for step in thing["steps"]] == [
+        ([[60, 40]], []),
+        ([[60, 40]], [[70, 45]]),
+        ([[60, 40]], [[70, 45]]),
+        ([[61, 40]], [[70, 45]]),
+        ([[61, 40]], []),
+        ([[61, 40], [1, 2], [3, 4]], []),
+        ([], [[70, 45]]),
+    ]
+    assert [step.get("box") for step in thing["steps"]] == [None] * 6 + [[10, 20, 30, 40]]
 
 
 def test_people_are_pseudonyms_that_depend_on_a_secret(filled, tmp_path, data_dir):
