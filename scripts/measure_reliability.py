@@ -43,17 +43,20 @@ def annotators(service: Service, pictures: Pictures, count: int) -> Iterator[Led
 
 
 def kills(service: Service, pictures: Pictures, count: int, people: int, every_s: float, seed: int) -> dict[str, Any]:
-    """`count` kills at random moments; one in ten takes all workers at once."""
+    """`count` kills at random moments, of workers that have loaded their model; one in ten takes all at once, those
+    that are just starting too."""
     dice = random.Random(seed)
     states: Counter[str] = Counter()
     with annotators(service, pictures, people) as ledger:
         done = 0
         while done < count:
             time.sleep(dice.expovariate(1 / every_s))
-            alive = service.alive()
-            dice.shuffle(alive)
             known = _states(service)
-            victims = alive[: len(alive) if dice.random() < 0.1 else 1][: count - done]
+            alive = service.alive()
+            loaded = [worker for worker in alive if known.get(worker.pid, "starting") != "starting"]
+            if not loaded:
+                continue
+            victims = (alive if dice.random() < 0.1 else [dice.choice(loaded)])[: count - done]
             service.kill(*[victim.pid for victim in victims])
             states.update(known.get(victim.pid, "starting") for victim in victims)
             done += len(victims)
