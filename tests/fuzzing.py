@@ -280,8 +280,11 @@ def ask(port: int, request: bytes) -> bytes:
         with suppress(ConnectionError):
             connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
-        while chunk := connection.recv(65_536):
-            answer += chunk
+        try:
+            while chunk := connection.recv(65_536):
+                answer += chunk
+        except TimeoutError:
+            return b"no answer in time"
     return bytes(answer)
 
 
