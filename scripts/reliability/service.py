@@ -85,7 +85,11 @@ class Service:
         self.redis.start()
         self._server = self._run([*BALD_SAM, "serve", "--port", str(self.port)])
         self._supervisor.start()
-        wait_for(self.ready)
+        try:
+            wait_for(self.ready)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
