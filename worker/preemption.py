@@ -7,10 +7,12 @@ two layers of the encoder and between two objects. The click is answered there a
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Asking may cost a request to Redis: not more often than this, seconds.
 ASK_EVERY_S = 0.005
+#: Niceness of threads that work beside the model: a quarter of a core where the model wants all of them.
+BESIDE_NICENESS = 5
 
 _local = threading.local()
 _watched: WeakSet[nn.Module] = WeakSet()
@@ -43,9 +47,35 @@ def give_way() -> None:
         return
     _local.answer = None
     try:
-        answer()
+        with _torch_as_outside():
+            answer()
     finally:
         _local.answer, _local.asked = answer, time.monotonic()
+
+
+@contextmanager
+def _torch_as_outside() -> Iterator[None]:
+    """What goes first does not run in the encoder's 16 bits, and what it keeps is no inference tensor."""
+    torch = sys.modules.get("torch")
+    with ExitStack() as stack:
+        if torch is not None:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def work_beside() -> None:
+    """Make this thread leave the cores to the model's: one thread for PyTorch, and a low priority where the system
+    has one for each thread. The model's threads wait for each other at every step, so that one that is held up on its
+    core holds up all."""
+    import torch
+
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_NICENESS)
 
 
 def give_way_within(encoder: nn.Module) -> None:
