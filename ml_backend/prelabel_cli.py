@@ -81,8 +81,14 @@ class ThisProcess:
 @click.option("--retry-failed", is_flag=True, help="Try again what failed before.")
 @click.option("--image-url", default=LOCAL_FILES, show_default=True, help="Address of an image in the tasks.")
 @click.option("--grid", type=click.IntRange(1, 64), help="everything: points per side.")
-@click.option("--min-iou", type=click.FloatRange(0, 1), help="everything: least predicted IoU.")
-@click.option("--min-stability", type=click.FloatRange(0, 1), help="everything: least stability of the mask.")
+@click.option(
+    "--min-iou", type=click.FloatRange(0, 1), help="everything: least predicted IoU.  [default: 0.7; tiny 0.4]"
+)
+@click.option(
+    "--min-stability",
+    type=click.FloatRange(0, 1),
+    help="everything: least stability of the mask.  [default: 0.8; tiny 0.1]",
+)
 @click.option("--max-overlap", type=click.FloatRange(0, 1), help="everything: IoU with a better region.")
 @click.option("--min-area", type=click.FloatRange(0, 1), help="everything: share of the image.")
 @click.option("--max-area", type=click.FloatRange(0, 1), help="everything: share of the image.")

@@ -120,13 +120,14 @@ class ObjectPrompts(Message):
 class Everything(Message):
     """Segment what is there without prompts: a click on each point of a grid, then what these filters leave.
 
-    `min_iou`: predicted IoU; `min_stability`: IoU of the masks at logits of +1 and -1; `max_overlap`: IoU with a better
-    region; `min_area`, `max_area`: share of the image; `top`: the best so many.
+    `min_iou`: predicted IoU; `min_stability`: IoU of the masks at logits of +1 and -1; None: what suits the backbone
+    (worker.everything.LEAST). `max_overlap`: IoU with a better region; `min_area`, `max_area`: share of the image;
+    `top`: the best so many.
     """
 
     points_per_side: int = Field(16, ge=1, le=64)
-    min_iou: float = 0.7
-    min_stability: float = 0.8
+    min_iou: float | None = None
+    min_stability: float | None = None
     max_overlap: float = 0.5
     min_area: float = 0.001
     max_area: float = 0.5

@@ -20,6 +20,10 @@ BATCH = 16
 STABILITY_OFFSET = 1.0
 #: Side of the small masks by which overlap is measured.
 SMALL = 64
+#: Least predicted IoU and stability where a job names none. `tiny` promises little and its edges are soft: by the
+#: measure of the others nothing that it finds would stay.
+LEAST = {"tiny": (0.4, 0.1)}
+LEAST_OF_OTHERS = (0.7, 0.8)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Candidate:
 
 def segment_everything(backbone: Backbone, embedding: Embedding, options: Everything) -> list[tuple[Prompts, Decoded]]:
     """The best masks, best first; each is exactly what a click on its point gives."""
+    options = suited(options, backbone.name)
     candidates: list[Candidate] = []
     points = grid(embedding.original_size, options.points_per_side)
     for start in range(0, len(points), BATCH):
@@ -54,6 +59,17 @@ def segment_everything(backbone: Backbone, embedding: Embedding, options: Everyt
     return found
 
 
+def suited(options: Everything, backbone: str) -> Everything:
+    """`options` with the least predicted IoU and stability that suit a backbone, where they name none."""
+    iou, stability = LEAST.get(backbone, LEAST_OF_OTHERS)
+    return options.model_copy(
+        update={
+            "min_iou": iou if options.min_iou is None else options.min_iou,
+            "min_stability": stability if options.min_stability is None else options.min_stability,
+        }
+    )
+
+
 def grid(size: tuple[int, int], per_side: int) -> list[tuple[float, float]]:
     """Centres (x, y), in pixels, of per_side x per_side equal parts of an image of `size` (height, width)."""
     height, width = size
@@ -62,8 +78,9 @@ def grid(size: tuple[int, int], per_side: int) -> list[tuple[float, float]]:
 
 
 def judge(decoded: Decoded, x: float, y: float, options: Everything) -> Candidate | None:
-    """The candidate of one decoded click; None if a filter on predicted IoU, stability or size drops it."""
-    if decoded.predicted_iou < options.min_iou:
+    """The candidate of one decoded click; None if a filter on predicted IoU, stability or size drops it. A filter that
+    is None keeps all."""
+    if options.min_iou is not None and decoded.predicted_iou < options.min_iou:
         return None
     rows, cols = decoded.frame.valid
     logits = decoded.logits[:rows, :cols]
@@ -71,7 +88,7 @@ def judge(decoded: Decoded, x: float, y: float, options: Everything) -> Candidat
     if not options.min_area <= inside / (rows * cols) <= options.max_area:
         return None
     stability = stability_score(logits)
-    if stability < options.min_stability:
+    if options.min_stability is not None and stability < options.min_stability:
         return None
     small = F.adaptive_max_pool2d((logits > 0).float()[None], (min(SMALL, rows), min(SMALL, cols)))
     return Candidate(x, y, decoded.predicted_iou * stability, small.flatten())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from worker.contract import (
     Prompts,
     RuntimeOptions,
 )
+from worker.head.store import save_head
 from worker.preemption import letting_through
 from worker.runtime import Runtime
 
@@ -86,6 +88,24 @@ def test_the_mask_is_that_of_the_click_path(picture: str, current: Runtime, prom
     asked = found.proposal and pytest.approx((found.proposal.x, found.proposal.y))
     also = clicked["proposal"] and (clicked["proposal"]["x"], clicked["proposal"]["y"])
     assert asked == also  # both none where the rule of the head in use stops
+
+
+def test_a_project_is_pre_labelled_with_its_own_head(picture: str, current: Runtime) -> None:
+    shipped = current.proposer.head
+    generous = shipped.posterior.mean.clone()
+    generous[shipped.posterior.names.index("bias")] += 3.0
+    own = replace(shipped, posterior=replace(shipped.posterior, mean=generous), shows="head")
+    save_head(own, current.heads.folder / "own" / "head.safetensors")
+    current.heads.use("own", 7)
+    prompts = Prompts(clicks=(INSIDE,))
+    general, mine = (
+        one([item(picture, ObjectPrompts(prompts=prompts), image=ImageRef(url=picture, project=project))], current)
+        for project in (6, 7)
+    )
+    assert mine.regions[0].area > general.regions[0].area
+    job = {"image": {"url": picture, "project": 7}, "width": WIDTH, "height": HEIGHT, "session": "s"}
+    clicked = tasks.segment({**job, "prompts": prompts.model_dump()})
+    assert np.array_equal(mask_of(mine), brush_rle.decode(clicked["rle"], HEIGHT, WIDTH))
 
 
 def test_many_objects_a_rough_mask_and_another_frame(picture: str, current: Runtime) -> None:

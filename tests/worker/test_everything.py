@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from worker.everything import Candidate, grid, stability_score, without_overlap
+from worker.contract import Everything
+from worker.everything import LEAST, Candidate, grid, stability_score, suited, without_overlap
 
 
 def test_the_grid_is_even() -> None:
@@ -16,6 +17,11 @@ def test_the_grid_is_even() -> None:
 def test_stability_is_the_iou_of_two_thresholds() -> None:
     assert stability_score(torch.tensor([[2.0, 0.5, -0.5, -2.0]])) == 1 / 3
     assert stability_score(torch.full((2, 2), -5.0)) == 0.0
+
+
+def test_filters_that_are_not_named_suit_the_backbone() -> None:
+    assert suited(Everything(), "vit_b") == Everything(min_iou=0.7, min_stability=0.8)
+    assert suited(Everything(min_stability=0.0), "tiny") == Everything(min_iou=LEAST["tiny"][0], min_stability=0.0)
 
 
 def test_no_two_that_stay_overlap_and_the_better_one_stays() -> None:
