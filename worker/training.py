@@ -8,7 +8,7 @@ state a few hundred pixels are kept with weights that undo the sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode, decode_session
 from worker.embeddings import Embedding, encode
 from worker.head.features import coarse, feature_names, pixel_features
-from worker.head.fit import FitOptions, Pixels, fit_linear
+from worker.head.fit import FitOptions, Pixels, best_strength, fit_linear
 from worker.head.store import Head, channels_of
 from worker.preemption import give_way
 
@@ -135,6 +135,8 @@ def train_head(
     pixels = collect(backbone, examples, sessions, progress=progress)
     names = feature_names(channels_of(backbone.sam))
     known = start.posterior.to(torch.device("cpu")) if start is not None and start.id != "prior" else None
+    if known is not None and fit.strength is None:
+        fit = replace(fit, strength=best_strength(names, pixels, fit, known))
     posterior = fit_linear(names, pixels, fit, start=known)
     recipe = {"sessions": asdict(sessions), "fit": asdict(fit)}
     counts = {"objects": len(pixels.names), "states": len(pixels.objects)}

@@ -8,13 +8,21 @@ approximation of each w_g). N(mu, S) is then the prior of a new object, to be co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from worker.head.linear import LinearPosterior
 from worker.preemption import give_way
+
+#: Much to learn from the images at hand, or little.
+STRENGTHS = (10.0, 40.0, 150.0, 600.0, 2500.0)
+#: How strengths are compared: parts that the objects are divided into, rounds of a fit, states at most.
+FOLDS = 3
+ROUNDS_COMPARED = 6
+STATES_COMPARED = 400
 
 
 @dataclass
@@ -38,12 +46,12 @@ class FitOptions:
     """`effective`: how many independent pixels a state's worth of pixels counts as (neighbours say the same thing).
 
     `ridge`: precision of the Gaussian around SAM that keeps mu bounded, for standardised features. `strength`: how many
-    states the head that is begun with, if any, counts as.
+    states the head that is begun with, if any, counts as; None: to be chosen by `best_strength`.
     """
 
     effective: float = 40.0
     ridge: float = 1.0
-    strength: float = 400.0
+    strength: float | None = None
     rounds: int = 12
     newton: int = 6
 
@@ -55,33 +63,96 @@ def fit_linear(
 
     `start`: what is known already, from other images: it enters as if `options.strength` states had been seen with this
     mean and covariance (the conjugate normal-inverse-Wishart prior), so a few images refine it and many outweigh it.
+    Raises ValueError if that number is None then.
     """
-    scale = pixels.features.flatten(0, 1).double().square().mean(0).sqrt().clamp(min=1e-3)
-    features = (pixels.features / scale.float()).double()
-    target = pixels.labels.double()
-    weights = pixels.weights.double() * (options.effective / pixels.features.shape[1])
+    scale = _scale(pixels)
+    features, target, weights = _standardised(pixels, scale, options)
     d = features.shape[2]
-    sam = torch.zeros(d, dtype=torch.float64)
-    sam[names.index("logit")] = scale[names.index("logit")]
-    seen, before = 0.0, torch.zeros(d, dtype=torch.float64)
     if start is None:
-        mu = _common(features, target, weights, sam, options.ridge)
+        sam = torch.zeros(d, dtype=torch.float64)
+        sam[names.index("logit")] = scale[names.index("logit")]
+        seen, before = 0.0, sam
         spread = torch.eye(d, dtype=torch.float64) * 0.25
     else:
+        if options.strength is None:
+            raise ValueError("How much the head that is begun with counts must be known: see `best_strength`.")
         seen, before = options.strength, start.mean.double() * scale
-        mu, spread = before, start.covariance.double() * scale[:, None] * scale
+        spread = start.covariance.double() * scale[:, None] * scale
     known = spread
+    # Not from `before`: a narrow covariance holds each state's weights to mu, and mu would get away from it slowly.
+    mu = _common(features, target, weights, before, options.ridge)
     identity = torch.eye(d, dtype=torch.float64)
     modes = mu.expand(len(features), d).clone()
     for _ in range(options.rounds):
         precision = torch.linalg.inv(spread + 1e-9 * identity)
-        modes, covariances = _modes(features, target, weights, mu, precision, modes, options.newton)
+        modes, hessians = _modes(features, target, weights, mu, precision, modes, options.newton)
         mu = (modes.sum(0) + seen * before) / (len(modes) + seen)
         centred = modes - mu
-        spread = centred.T @ centred + covariances.sum(0) + seen * (known + torch.outer(before - mu, before - mu))
-        spread = spread / (len(modes) + seen)
+        spread = centred.T @ centred + torch.linalg.inv(hessians).sum(0)
+        spread = (spread + seen * (known + torch.outer(before - mu, before - mu))) / (len(modes) + seen)
     factor = torch.linalg.cholesky(spread + 1e-9 * identity)
     return LinearPosterior(names, (mu / scale).float(), (factor / scale[:, None]).float())
+
+
+def best_strength(names: tuple[str, ...], pixels: Pixels, options: FitOptions, start: LinearPosterior) -> float:
+    """The strength of `start` with which a fit to some objects predicts the others best (cross-validation).
+
+    Where these images are like those that `start` knows, that is a large one; where they are of another kind, a small.
+    """
+    objects = torch.unique(pixels.objects)
+    states_each = len(pixels.objects) / len(objects)
+    kept = objects[:: max(1, math.ceil(len(objects) * states_each / STATES_COMPARED))]
+    fold_of = {int(one): number % FOLDS for number, one in enumerate(kept)}
+    folds = torch.tensor([fold_of.get(int(one), -1) for one in pixels.objects])
+    if len(kept) < FOLDS:
+        return STRENGTHS[-1]
+    sums = dict.fromkeys(STRENGTHS, 0.0)
+    for fold in range(FOLDS):
+        learnt, apart = _chosen(pixels, (folds >= 0) & (folds != fold)), _chosen(pixels, folds == fold)
+        for strength in STRENGTHS:
+            tried = replace(options, strength=strength, rounds=ROUNDS_COMPARED)
+            sums[strength] += float(evidence(fit_linear(names, learnt, tried, start=start), apart, options).sum())
+    return max(sums, key=lambda strength: sums[strength])
+
+
+def evidence(head: LinearPosterior, pixels: Pixels, options: FitOptions) -> Tensor:
+    """log p(labels of a state | N(mean, covariance) of its weights), by Laplace's method: (G,) float64."""
+    scale = _scale(pixels)
+    features, target, weights = _standardised(pixels, scale, options)
+    mu = head.mean.double() * scale
+    factor = head.factor.double() * scale[:, None]
+    precision = torch.linalg.inv(factor @ factor.T + 1e-9 * torch.eye(len(mu), dtype=torch.float64))
+    modes, hessians = _modes(features, target, weights, mu, precision, mu.expand(len(features), -1), 2 * options.newton)
+    logits = torch.einsum("gnd,gd->gn", features, modes)
+    likelihood = (weights * torch.nn.functional.logsigmoid((2 * target - 1) * logits)).sum(1)
+    away = modes - mu
+    prior = 0.5 * (torch.linalg.slogdet(precision).logabsdet - (away @ precision * away).sum(1))
+    found: Tensor = likelihood + prior - 0.5 * torch.linalg.slogdet(hessians).logabsdet
+    return found
+
+
+def _scale(pixels: Pixels) -> Tensor:
+    """Root mean square of each feature, (d,) float64."""
+    return pixels.features.flatten(0, 1).double().square().mean(0).sqrt().clamp(min=1e-3)
+
+
+def _standardised(pixels: Pixels, scale: Tensor, options: FitOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (G, n, d) over `scale`, labels (G, n) 0 or 1, weights (G, n) of sum `options.effective`; float64."""
+    features = (pixels.features / scale.float()).double()
+    weights = pixels.weights.double() * (options.effective / pixels.features.shape[1])
+    return features, pixels.labels.double(), weights
+
+
+def _chosen(pixels: Pixels, states: Tensor) -> Pixels:
+    """The states for which `states` (G,) bool is true."""
+    return Pixels(
+        pixels.features[states],
+        pixels.labels[states],
+        pixels.weights[states],
+        pixels.objects[states],
+        pixels.clicks[states],
+        pixels.names,
+    )
 
 
 def _common(features: Tensor, target: Tensor, weights: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -116,7 +187,7 @@ def _common(features: Tensor, target: Tensor, weights: Tensor, prior: Tensor, ri
 def _modes(
     features: Tensor, target: Tensor, weights: Tensor, mu: Tensor, precision: Tensor, start: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Laplace approximation of every state's weights: modes (G, d) and covariances (G, d, d), batched Newton."""
+    """Laplace approximation of every state's weights: modes (G, d) and precisions (G, d, d), batched Newton."""
     modes = start.clone()
     for _ in range(steps):
         give_way()
@@ -126,4 +197,4 @@ def _modes(
         hessian = features.transpose(1, 2) @ (features * curvature) + precision
         step = torch.linalg.solve(hessian, gradient)
         modes = modes - step / (step.norm(dim=1, keepdim=True) / 3.0).clamp(min=1.0)
-    return modes, torch.linalg.inv(hessian)
+    return modes, hessian
