@@ -17,12 +17,13 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, Literal
 
+import requests
 from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from ml_backend.annotations import Gathered, Tasks, gather
-from ml_backend.label_studio_api import api_from
+from ml_backend.label_studio_api import LabelStudioError, api_from
 from ml_backend.settings import Settings
 from worker.contract import TrainJob, TrainResult
 
@@ -79,7 +80,7 @@ class Learning:
                 return
             self.start()
             self._events.put_nowait(event)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             log.warning("an event is not understood (%s: %s)", type(error).__name__, error)
         except Full:
             log.error("An event was dropped: too many wait.")
@@ -165,7 +166,7 @@ class Learning:
         except Exception as error:
             if self._stop.is_set():  # the runner was closed under it: the next process goes on with it
                 return
-            spoken = hasattr(error, "hint") or type(error).__name__ == "LabelStudioError"
+            spoken = hasattr(error, "hint") or isinstance(error, LabelStudioError | requests.RequestException)
             log.error("project %d was not trained: %s", project, error, exc_info=None if spoken else error)
             self._end(project, running, state="failed", message=str(error)[:1000])
         else:

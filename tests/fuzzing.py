@@ -35,7 +35,8 @@ import psutil
 from PIL import Image
 
 CAPTURED = Path(__file__).parent / "fixtures" / "label_studio"
-LIMIT_S = 60.0
+#: As long as Label Studio waits.
+LIMIT_S = 100.0
 #: What a server needs to have seen before its memory is looked at, as a share of all requests.
 WARM = 0.25
 #: Answers that refuse in words; 500 is never one.
@@ -254,6 +255,9 @@ def served(folder: Path) -> Iterator[tuple[int, psutil.Process, Path]]:
     """`bald-sam serve` with its model in it: port, process and log."""
     log = folder / "server.log"
     own = {"BALD_SAM_DATA_DIR": str(folder / "data"), "BALD_SAM_CACHE_MB": "32", "BALD_SAM_LOG_LEVEL": "warning"}
+    # A Label Studio that is down: what would be fetched from it or pushed to it later is tried, too.
+    own |= {"LABEL_STUDIO_URL": "http://127.0.0.1:9", "LABEL_STUDIO_API_KEY": "0" * 40}
+    own |= {"BALD_SAM_TRAIN_AFTER": "1", "BALD_SAM_ARMS": "mixed", "BALD_SAM_FETCH_TIMEOUT_S": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("BALD_SAM_", "LABEL_STUDIO_"))}
     command = [sys.executable, "-m", "ml_backend.cli", "serve", "--port", "0", "--device", "cpu"]
     with log.open("wb") as output:

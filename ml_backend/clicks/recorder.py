@@ -273,7 +273,7 @@ def _line(item: AnsweredClick | Mapping[str, Any]) -> str | None:
     try:
         event = answer_event(item) if isinstance(item, AnsweredClick) else webhook_event(item)
         return dump(event) if event is not None else None
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         log.warning("An event is not one of Label Studio's and was not logged: %.200r", error)
     except Exception:  # a body that nobody foresaw must not stop the log
         log.exception("An event could not be put into the click journal.")

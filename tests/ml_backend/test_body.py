@@ -80,3 +80,29 @@ def test_bad_bodies(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         read_json(body)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\ud800", "\ufffd"),
+        (r"a\uDC00b", "a\ufffdb"),
+        (r"\ud83d\ude00", "\U0001f600"),
+        (r"\ud800\ud83d\ude00\ude00", "\ufffd\U0001f600\ufffd"),
+        (r"\u00e9", "\xe9"),
+    ],
+)
+def test_half_characters_are_replaced(text: str, expected: str) -> None:
+    assert read_json(f'{{"a": "{text}"}}'.encode()) == {"a": expected}
+
+
+@pytest.mark.parametrize("body", [b'{"a": "\xed\xa0\x80"}', b'{"a": "\xff"}', '{"a": 1}'.encode("utf-16")])
+def test_other_encodings_are_refused(body: bytes) -> None:
+    with pytest.raises(RequestError):
+        read_json(body)
+
+
+@given(values)
+def test_whatever_is_read_can_be_written(value: Any) -> None:
+    found = read_json(json.dumps({"a": value}).encode())
+    json.dumps(found, ensure_ascii=False).encode()

@@ -172,6 +172,15 @@ def test_without_the_address_of_label_studio_it_says_what_to_set(settings: Setti
     learning.close()
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), None, "x", [], 10**400])
+def test_an_event_that_names_no_annotation_is_passed_over(make: Any, trainer: Trainer, number: Any) -> None:
+    learning = make(train_after=1)
+    learning.webhook(submitted(number))
+    learning.webhook({"action": "START_TRAINING", "project": {"id": number}})
+    learning.webhook({"action": "ANNOTATIONS_DELETED", "annotations": [{"id": number}], "project": {"id": 8}})
+    until(learning.is_idle)
+
+
 def test_training_by_itself_counts_annotations_not_events(make: Any, trainer: Trainer) -> None:
     learning = make(train_after=3)
     for event in (submitted(1), submitted(1), submitted(1, "ANNOTATION_UPDATED"), submitted(2)):

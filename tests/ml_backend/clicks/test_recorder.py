@@ -164,13 +164,15 @@ def test_an_event_that_cannot_be_written_stops_no_other(log, data_dir, monkeypat
     assert events(data_dir) == {good.event, bad.event, other.event}
 
 
-def test_what_cannot_be_put_into_words_stops_no_other(log, data_dir):
+def test_what_cannot_be_put_into_words_stops_no_other(log, data_dir, caplog):
     log.webhook({"action": "ANNOTATION_CREATED"})
+    log.webhook({"action": "ANNOTATION_CREATED", "annotation": {"id": float("inf"), "task": 1, "project": 1}})
     log.webhook({"action": "ANNOTATION_CREATED", "annotation": {"id": 1, "result": 3}})
     click = answer([("a", 1.0, 1.0)])
     log.answered(click)
     assert log.flush()
     assert events(data_dir) == {click.event}
+    assert not [record for record in caplog.records if record.exc_info], "foreseen: no traceback"
 
 
 def test_half_a_character_stops_no_other(log, data_dir):
