@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
 from ml_backend import auth, labeling_config, logs
+from ml_backend.answer_json import answer_json
 from ml_backend.body import read_json, without_masks
 from ml_backend.clicks import AnsweredClick, ClickLog, clock
 from ml_backend.clicks.filter import Filter, parse_day
@@ -128,7 +129,7 @@ def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
             ahead.seen(tasks[0], labeling_config.parse(label_config), project)
         if context is None:  # a task was opened, or predictions are to be retrieved: its masks may be prompts
             results = retrieval.predict(read_json(request.get_data())["tasks"], label_config, project)
-        return jsonify(results=results)
+        return answer_json(results)
 
     @app.get("/jobs")
     def jobs() -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from worker.everything import segment_everything
 from worker.images import decode_image, fetch
 from worker.masks import to_mask
 from worker.outlines import prompts_of, rings
-from worker.preemption import give_way, give_way_within
+from worker.preemption import ASK_EVERY_S, give_way, give_way_within, work_beside
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, failure, in_image
 
@@ -79,8 +79,8 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     backbone, _ = current.backbone, current.proposer
     give_way_within(backbone.sam.image_encoder)
     with (
-        ThreadPoolExecutor(READERS, "prelabel-read", _single_threaded) as readers,
-        ThreadPoolExecutor(1, "prelabel-finish", _single_threaded) as finishers,
+        ThreadPoolExecutor(READERS, "prelabel-read", work_beside) as readers,
+        ThreadPoolExecutor(1, "prelabel-finish", work_beside) as finishers,
     ):
         finishing: deque[Future[Answer] | PrelabelFailure] = deque()
         try:
@@ -129,11 +129,6 @@ def _ahead(
     yield from waiting
 
 
-def _single_threaded() -> None:
-    """Threads beside the model's leave the cores to it."""
-    torch.set_num_threads(1)
-
-
 def _read(item: PrelabelItem, current: Runtime) -> _Read:
     data = fetch(item.image, current.options)
     backbone = current.backbone
@@ -154,6 +149,9 @@ def _attempt(
     finishers: ThreadPoolExecutor,
 ) -> Future[Answer] | PrelabelFailure:
     try:
+        while not reading.done():
+            give_way()
+            wait([reading], ASK_EVERY_S)
         image = reading.result()
         try:
             objects = _decide(item, image, options, current)

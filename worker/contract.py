@@ -7,11 +7,12 @@ floats with the centre of the first pixel at (0.5, 0.5), like the percentages of
 
 from __future__ import annotations
 
+import base64
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, SecretStr
 
 
 class Queue(StrEnum):
@@ -176,6 +177,25 @@ class Proposal(Message):
     strategy: str
 
 
+def _to_text(rle: list[int]) -> str:
+    return base64.b64encode(bytes(rle)).decode()
+
+
+def _from_text(value: object) -> list[int]:
+    if isinstance(value, str):
+        return list(base64.b64decode(value, validate=True))
+    if isinstance(value, list | tuple):
+        try:
+            return list(bytes(value))
+        except TypeError as error:
+            raise ValueError("a brush RLE holds integers from 0 to 255") from error
+    raise ValueError("a brush RLE is a list of integers from 0 to 255, or these bytes in base 64")
+
+
+#: A brush RLE; in JSON it is base 64, which is written and read a hundred times faster than a list of numbers.
+Rle = Annotated[list[int], PlainValidator(_from_text), PlainSerializer(_to_text, return_type=str, when_used="json")]
+
+
 class SegmentResult(Message):
     """A mask as Label Studio brush RLE (row-major, height x width of the job) and what is worth asking next.
 
@@ -185,7 +205,7 @@ class SegmentResult(Message):
     kind: Literal["segment"] = "segment"
     width: int
     height: int
-    rle: list[int]
+    rle: Rle
     area: int
     predicted_iou: float
     proposal: Proposal | None = None

@@ -104,7 +104,7 @@ def decode_batch(
         masks = mask_input.to(backbone.device, torch.float32)[None].expand(len(batch), -1, -1, -1)
     sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
     features = embedding.features.to(backbone.device, torch.float32)
-    candidates, iou, upscaled, hyper = _run_decoder(backbone, features, sparse, dense)
+    candidates, iou, upscaled, hyper = backbone.decoder(features, sparse, dense)
 
     first = len(batch[0].clicks) == 1 and boxes is None and masks is None
     chosen = iou[:, 1:].argmax(dim=1) + 1 if first else torch.zeros(len(batch), dtype=torch.long, device=iou.device)
@@ -174,27 +174,6 @@ def _to_input_frame(
             transform.apply_boxes(corners, embedding.original_size), dtype=torch.float32, device=device
         )
     return points, boxes
-
-
-def _run_decoder(
-    backbone: Backbone, features: Tensor, sparse: Tensor, dense: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """SAM's mask decoder for B prompt sets on one image, without copies of the embedding (B x N x D sparse prompts).
-
-    Returns all mask logits (B, K + 1, h, w), predicted IoU (B, K + 1), up-scaled embedding (B, C, h, w), hypernetwork
-    outputs (B, K + 1, C). `MaskDecoder.predict_masks` computes the same and returns only the first two.
-    """
-    decoder = backbone.sam.mask_decoder
-    batch = sparse.shape[0]
-    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens = torch.cat([own.expand(batch, -1, -1), sparse], dim=1)
-    source = features + dense
-    hidden, keys = decoder.transformer(source, backbone.dense_pe.expand(batch, -1, -1, -1), tokens)
-    upscaled = decoder.output_upscaling(keys.transpose(1, 2).view_as(source))
-    count = decoder.num_mask_tokens
-    hyper = torch.stack([decoder.output_hypernetworks_mlps[i](hidden[:, 1 + i]) for i in range(count)], dim=1)
-    logits = (hyper @ upscaled.flatten(2)).view(batch, count, *_size(upscaled))
-    return logits, decoder.iou_prediction_head(hidden[:, 0]), upscaled, hyper
 
 
 def _size(maps: Tensor) -> tuple[int, int]:

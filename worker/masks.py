@@ -26,6 +26,8 @@ SPECK_SHARE = 0.001
 REPAIR_CELLS = 1.5
 #: Rows of the output that are computed at a time: a few low-resolution rows of a large image.
 BAND = 128
+#: A band whose columns change more often than this between inside, outside and unclear is computed in one piece.
+MANY_EDGES = 32
 
 
 def to_mask(logits: Tensor, frame: Frame, prompts: Prompts, size: tuple[int, int] | None = None) -> Mask:
@@ -83,6 +85,9 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
         # 0: outside, 1: to be computed, 2: inside.
         kind = (count > 0).view(np.uint8) + (count == high - low).view(np.uint8)
         edges = np.flatnonzero(kind[1:] != kind[:-1]) + 1
+        if edges.size > MANY_EDGES and (unclear := np.flatnonzero(kind == 1)).size:
+            kind[unclear[0] : unclear[-1] + 1] = 1
+            edges = np.flatnonzero(kind[1:] != kind[:-1]) + 1
         for left, right in pairwise([0, *edges.tolist(), kind.size]):
             if kind[left] == 2:
                 mask[top:bottom, left:right] = True

@@ -75,7 +75,9 @@ def work_beside() -> None:
 
     torch.set_num_threads(1)
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BESIDE_NICENESS)
+        thread = threading.get_native_id()
+        lower = min(os.getpriority(os.PRIO_PROCESS, thread) + BESIDE_NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 def give_way_within(encoder: nn.Module) -> None:

@@ -24,6 +24,7 @@ from worker.contract import (
     PrelabelOptions,
     Prompts,
     RuntimeOptions,
+    SegmentResult,
 )
 from worker.head.store import save_head
 from worker.preemption import letting_through
@@ -82,7 +83,7 @@ def test_the_mask_is_that_of_the_click_path(picture: str, current: Runtime, prom
     job = {"image": {"url": picture}, "width": WIDTH, "height": HEIGHT, "session": "s"}
     clicked = tasks.segment({**job, "prompts": prompts.model_dump()})
     found = one([item(picture, ObjectPrompts(prompts=prompts, label="Disc"))], current)
-    assert np.array_equal(mask_of(found), brush_rle.decode(clicked["rle"], HEIGHT, WIDTH))
+    assert np.array_equal(mask_of(found), brush_rle.decode(SegmentResult.model_validate(clicked).rle, HEIGHT, WIDTH))
     assert found.regions[0].label == "Disc"
     assert found.regions[0].predicted_iou == pytest.approx(clicked["predicted_iou"], abs=1e-5)
     asked = found.proposal and pytest.approx((found.proposal.x, found.proposal.y))
@@ -105,7 +106,7 @@ def test_a_project_is_pre_labelled_with_its_own_head(picture: str, current: Runt
     assert mine.regions[0].area > general.regions[0].area
     job = {"image": {"url": picture, "project": 7}, "width": WIDTH, "height": HEIGHT, "session": "s"}
     clicked = tasks.segment({**job, "prompts": prompts.model_dump()})
-    assert np.array_equal(mask_of(mine), brush_rle.decode(clicked["rle"], HEIGHT, WIDTH))
+    assert np.array_equal(mask_of(mine), brush_rle.decode(SegmentResult.model_validate(clicked).rle, HEIGHT, WIDTH))
 
 
 def test_many_objects_a_rough_mask_and_another_frame(picture: str, current: Runtime) -> None:

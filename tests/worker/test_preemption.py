@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
@@ -57,3 +59,34 @@ def test_before_each_layer() -> None:
     with letting_through(lambda: calls.append(1)):
         encoder(torch.zeros(1, 2))
     assert len(calls) == 4
+
+
+def test_what_goes_first_runs_in_float32_and_keeps_no_inference_tensors() -> None:
+    """A click in the middle of an encoder's 16 bits is answered as any other."""
+    found = []
+
+    def urgent() -> None:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        found.append((product.dtype, product.is_inference(), torch.is_grad_enabled()))
+
+    with letting_through(urgent), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        give_way()
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert found == [(torch.float32, False, False)]
+
+
+def test_threads_beside_the_model_have_one_thread_and_a_low_priority() -> None:
+    found = []
+
+    def beside() -> None:
+        preemption.work_beside()
+        found.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=beside)
+    thread.start()
+    thread.join()
+    assert found[0][0] == 1
+    if sys.platform == "linux":
+        assert found[0][1] == min(before + preemption.BESIDE_NICENESS, 19)
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

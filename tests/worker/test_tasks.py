@@ -39,7 +39,7 @@ def _job(url: str, *clicks: tuple[float, float, bool], **changes: Any) -> dict[s
 
 
 def _mask(result: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return brush_rle.decode(result["rle"], result["height"], result["width"])
+    return brush_rle.decode(SegmentResult.model_validate(result).rle, result["height"], result["width"])
 
 
 CLICKS = [(150.0, 100.0, True), (10.0, 10.0, False), (130.0, 90.0, True)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from worker.backbones.checkpoints import Checkpoint, CheckpointError, checkpoint_path, file_sha256
 from worker.backbones.fast_attention import accelerate
+from worker.backbones.fast_decoder import FastDecoder
 from worker.backbones.mobile_sam import build_mobile_sam
 from worker.backbones.tiny import build_tiny, load_tiny
 from worker.precision import encoder_precision
@@ -59,6 +60,11 @@ class Backbone:
         with torch.no_grad():
             encoding: Tensor = self.sam.prompt_encoder.get_dense_pe()
             return encoding
+
+    @cached_property
+    def decoder(self) -> FastDecoder:
+        """The mask decoder, quicker."""
+        return FastDecoder(self.sam.mask_decoder, self.dense_pe)
 
     @property
     def image_size(self) -> int:

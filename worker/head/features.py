@@ -55,9 +55,20 @@ def coarse(decoded: Decoded) -> Decoded:
     if block == 1 or height % block or width % block:
         return decoded
     maps = (decoded.logits[None], decoded.upscaled, decoded.candidates, decoded.colours)
-    logits, upscaled, candidates, colours = (F.avg_pool2d(values[None], block)[0] for values in maps)
+    logits, upscaled, candidates, colours = (_block_mean(values, block).contiguous() for values in maps)
     frame = replace(decoded.frame, lowres_size=(height // block, width // block))
     return replace(decoded, logits=logits[0], upscaled=upscaled, candidates=candidates, colours=colours, frame=frame)
+
+
+def _block_mean(values: Tensor, block: int) -> Tensor:
+    """Mean over blocks of (n, h, w): (n, h / block, w / block). By sums of slices, which are quick whatever the memory
+    layout is; pooling is not."""
+    for axis in (1, 2):
+        first, *others = torch.unflatten(values, axis, (-1, block)).unbind(axis + 1)
+        for other in others:
+            first = first + other
+        values = first
+    return values / block**2
 
 
 def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
