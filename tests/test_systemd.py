@@ -69,6 +69,17 @@ def test_a_worker_has_the_time_to_finish_its_click() -> None:
     assert lines(FOLDER / "bald-sam-worker@.service", "TimeoutStopSec") == [grace.removesuffix("s")]
 
 
+def test_the_page_installs_as_the_images_do() -> None:
+    """The steps that `scripts/check_images.py` carries out."""
+    page, dockerfile = ((ROOT / name).read_text() for name in ("docs/operations.md", "docker/Dockerfile"))
+    steps = set(re.findall(r"^RUN pip install (.+)$", dockerfile, re.M))
+    assert len(steps) == 4
+    for step in steps - {"--no-deps -r ml_backend.lock"}:
+        assert f"venv/bin/pip install {step.replace('-r ', '-r docker/')}" in page
+    for unit in UNITS:
+        assert unit.parent.relative_to(ROOT).as_posix() + "/*.service" in page
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_systemd_finds_nothing_wrong(unit: Path, tmp_path: Path) -> None:
