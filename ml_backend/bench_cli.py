@@ -22,12 +22,19 @@ PARTS = ("rle", "cold", "click", "concurrency", "batch", "encoder", "memory")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--quick", is_flag=True, help="Few rounds: to see that it runs, not to quote.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Add the figures to this file.")
-def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None) -> None:
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all figures into this page; what is not between its `measured` marks is kept.",
+)
+def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None, report: Path | None) -> None:
     """Measure clicks by stage, batches, RLE, annotators at once, memory and start-up.
 
     Every part compares in turn within one run with what cannot be quicker (the bare decoder or encoder) or with the
-    stock way. Parts may be measured in several runs into one --json file.
+    stock way. Parts may be measured in several runs into one --json file; --only "" measures nothing and writes the
+    --report of that file.
     """
+    from evaluation.bench.report import machine, write
     from evaluation.bench.setup import Bench
     from ml_backend.labeling_config import recommended_config
     from worker.backbones import BACKBONES
@@ -46,13 +53,17 @@ def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None
             label_config=recommended_config(["Object"]),
             say=lambda text: click.echo(text, err=True),
         )
-        for part in parts:
-            measured = importlib.import_module(f"evaluation.bench.{part}").measure(run)
-            for key, value in measured.items():
-                known = found.get(key)
-                found[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
-            if path is not None:
-                path.write_text(json.dumps(found, indent=1) + "\n")
+        with run.running:
+            for part in parts:
+                measured = importlib.import_module(f"evaluation.bench.{part}").measure(run)
+                for key, value in measured.items():
+                    known = found.get(key)
+                    found[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+                found.setdefault("measured_on", {})[part] = machine(device) | ({"quick": "yes"} if quick else {})
+                if path is not None:
+                    path.write_text(json.dumps(found, indent=1) + "\n")
+    if report is not None:
+        write(found, report)
     click.echo(json.dumps(found, indent=1))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
-from evaluation.bench.server import Page, has_redis, serving
+from evaluation.bench.server import Page, has_redis, shared
 from evaluation.bench.setup import SIZES, Bench, summary, synchronise
 from worker.backbones import Backbone
 
@@ -77,30 +77,58 @@ class Stock:
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """`click` and `stages`, both by backbone and size: milliseconds."""
-    found: dict[str, Any] = {"click": {}, "stages": {}}
+    """`click` and `stages`, by backbone and size: milliseconds; `click_ratio`, see `_ratios`; `proposal_share`: the
+    proposal by the bare decoder with the same prompts, median over clicks, the larger of both sizes'."""
+    found: dict[str, Any] = {"click": {}, "stages": {}, "click_ratio": {}, "proposal_share": {}}
     for name in bench.backbones:
         clicks: dict[str, Any] = {}
         stages: dict[str, Any] = {}
+        ratios: dict[str, Any] = {}
         with ExitStack() as stack:
-            pages = {"embedded": stack.enter_context(stack.enter_context(serving(bench, name)).page())}
+            pages = {"embedded": stack.enter_context(shared(bench, name).page())}
             if has_redis():
-                server = stack.enter_context(serving(bench, name, queue=True))
-                pages["rq"] = stack.enter_context(server.page())
+                pages["rq"] = stack.enter_context(shared(bench, name, queue=True).page())
             else:
                 bench.say("redis-server is not installed: clicks over RQ are not measured")
             backbone = bench.build(name)
+            # Each size of vit_b costs every way an encode.
             for number, (size, (width, height)) in enumerate(SIZES.items(), 1):
                 bench.say(f"clicks: {name}, {size}")
                 image = bench.image(f"click-{size}", 3, width, height)
                 rounds = bench.count(*((12, 2) if name == "tiny" else (8, 1)))
-                clicks[size], stages[size] = _one(pages, Stock(backbone, image), image, number, rounds)
+                times, parts = _one(pages, Stock(backbone, image), image, number, rounds)
+                clicks[size] = {way: summary(spent) for way, spent in times.items()}
+                stages[size] = {stage: summary(spent) for stage, spent in parts.items() if max(spent) > 0}
+                ratios[size] = _ratios(times, parts)
         found["click"][name], found["stages"][name] = clicks, stages
+        found["click_ratio"][name] = ratios
+        found["proposal_share"][name] = max(one["proposal_to_decoder"] for one in ratios.values())
     return found
 
 
-def _one(pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int) -> tuple[dict[str, Any], Any]:
-    """Times of all ways on one image, in turn."""
+def _ratios(times: dict[str, list[float]], stages: dict[str, list[float]]) -> dict[str, float]:
+    """Medians, over clicks, of ratios within one click: the whole request to the bare decoder with the same prompts,
+    the stock way to the request, the proposal (head, posterior, map, candidates) to the bare decoder and to our own
+    decoding; and the difference of the medians over RQ and embedded, milliseconds."""
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        return round(float(np.median(np.array(above) / np.array(below))), 3)
+
+    found = {
+        "request_to_decoder": ratio(times["embedded"], times["decoder"]),
+        "stock_to_request": ratio(times["stock"], times["embedded"]),
+        "proposal_to_decoder": ratio(stages["propose"], times["decoder"]),
+        "proposal_to_own_decode": ratio(stages["propose"], stages["decode"]),
+    }
+    if "rq" in times:
+        found["rq_more_ms"] = round(float(np.median(times["rq"]) - np.median(times["embedded"])), 2)
+    return found
+
+
+def _one(
+    pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of all ways on one image, in turn, and of the stages of `embedded`."""
     times: dict[str, list[float]] = defaultdict(list)
     stages: dict[str, list[float]] = defaultdict(list)
     before = {way: page.stages() for way, page in pages.items()}
@@ -122,7 +150,4 @@ def _one(pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: i
                     spent = stock.decoder(given) if way == "decoder" else stock.answer(given)
                 if turn >= 0:  # the first round warms up, and encodes the image
                     times[way].append(spent)
-    return (
-        {way: summary(spent) for way, spent in times.items()},
-        {stage: summary(spent) for stage, spent in stages.items() if max(spent) > 0},
-    )
+    return times, stages

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from evaluation.bench.server import BALD_SAM, Page, serving
+from evaluation.bench.server import BALD_SAM, Page, shared
 from evaluation.bench.setup import Bench
 
 WIDTH, HEIGHT = 1600, 1200
@@ -26,7 +26,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {name: _seconds(command, bench.count(5, 2)) for name, command in commands.items()}
     for name in bench.backbones if not bench.quick else bench.backbones[:1]:
         bench.say(f"cold start: {name}")
-        with serving(bench, name) as server, server.page() as page:
+        server = shared(bench, name)
+        with server.page() as page:
             found[name] = {"listening_s": round(server.listening, 2), "ready_s": round(server.ready, 2)}
             found[name] |= _first_clicks(bench, name, page)
     first = found[bench.backbones[0]]

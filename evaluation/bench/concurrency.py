@@ -13,7 +13,7 @@ from rq import Queue as RqQueue
 from rq.serializers import JSONSerializer
 
 from evaluation.bench.click import CLICKS
-from evaluation.bench.server import Page, Server, has_redis, serving
+from evaluation.bench.server import Page, Server, has_redis, shared
 from evaluation.bench.setup import Bench, summary
 from worker.contract import (
     PRELABEL,
@@ -39,20 +39,21 @@ def measure(bench: Bench) -> dict[str, Any]:
     name = bench.backbones[0]
     found: dict[str, Any] = {"concurrency": {}}
     counts = ANNOTATORS if not bench.quick else ANNOTATORS[::3]
-    seconds = float(bench.count(30, 4))
-    with serving(bench, name) as server:
-        _encode_all(bench, server, max(counts))
-        for count in counts:
-            bench.say(f"concurrency: {name}, {count} annotators")
-            times = _annotate(bench, server, count, seconds)
-            medians = [statistics.median(own) for own in times]
-            found["concurrency"][str(count)] = {
-                **summary([spent for own in times for spent in own]),
-                "fairness": round(max(medians) / min(medians), 3),
-            }
+    seconds = float(bench.count(30, 3))
+    server = shared(bench, name)
+    _encode_all(bench, server, max(counts))
+    for count in counts:
+        bench.say(f"concurrency: {name}, {count} annotators")
+        times = _annotate(bench, server, count, seconds)
+        medians = [statistics.median(own) for own in times]
+        found["concurrency"][str(count)] = {
+            **summary([spent for own in times for spent in own]),
+            "fairness": round(max(medians) / min(medians), 3),
+        }
     if has_redis():
         bench.say(f"clicks beside a batch: {name}")
-        with serving(bench, name, queue=True) as server, server.page() as page:
+        server = shared(bench, name, queue=True)
+        with server.page() as page:
             found["background"] = _beside_a_batch(bench, name, server, page)
     return found
 

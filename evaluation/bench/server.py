@@ -119,6 +119,15 @@ def has_redis() -> bool:
     return shutil.which("redis-server") is not None
 
 
+def shared(bench: Bench, backbone: str, *, queue: bool = False) -> Server:
+    """A server that all parts of the run may use, started when the first does. Raises as `serving`."""
+    if (backbone, queue) not in bench.servers:
+        server = bench.running.enter_context(serving(bench, backbone, queue=queue))
+        bench.servers[backbone, queue] = server
+    found: Server = bench.servers[backbone, queue]
+    return found
+
+
 @contextmanager
 def serving(bench: Bench, backbone: str, *, queue: bool = False, **settings: str) -> Iterator[Server]:
     """`bald-sam serve`, ready to answer; `queue`: with a Redis and one `bald-sam worker` of its own.

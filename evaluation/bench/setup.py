@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,10 @@ JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class Bench:
-    """One run. `folder`: where images and random weights are written; `label_config`: of the project that clicks."""
+    """One run. `folder`: where images and random weights are written; `label_config`: of the project that clicks.
+
+    `running`: what lasts until the end of the run; `servers`: those of `server.shared`.
+    """
 
     backbones: tuple[str, ...]
     device: str
@@ -31,6 +36,8 @@ class Bench:
     folder: Path
     label_config: str
     say: Callable[[str], None]
+    running: ExitStack = field(default_factory=ExitStack)
+    servers: dict[tuple[str, bool], Any] = field(default_factory=dict)
 
     def count(self, full: int, quick: int) -> int:
         """How often something is measured."""
