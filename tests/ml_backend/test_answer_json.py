@@ -17,7 +17,8 @@ def test_numbers_are_those_of_json() -> None:
 def test_the_answer_is_that_of_flask() -> None:
     brush = {"id": "a", "value": {"format": "rle", "rle": [0, 7, 255], "brushlabels": ['"x0"']}}
     ring = {"id": "b", "value": {"x": 1.5, "y": 2.0}, "score": None}
-    results = [{"result": [brush, ring, brush], "score": 0.5}, {"result": [], "score": 0.0}]
+    one, none = {"result": [brush, ring, brush], "score": 0.5}, {"result": [], "score": 0.0}
+    results = [one, none, [one, none], []]
     with flask.Flask(__name__).app_context():
         response = answer_json(results)
         assert response.get_json() == {"results": results}
