@@ -21,6 +21,8 @@ from worker.backbones import Backbone
 
 #: Clicks on one object, (x %, y %, positive); timed after each.
 CLICKS = ((50.0, 50.0, True), (20.0, 30.0, False), (62.0, 41.0, True), (80.0, 75.0, False))
+#: Before each, seconds: what a server does after an answer (the click log) does not count for the next one.
+PAUSE_S = 0.1
 
 
 class Stock:
@@ -137,6 +139,7 @@ def _one(
         for count in range(1, len(CLICKS) + 1):
             given = list(CLICKS[:count])
             for way in (*pages, "decoder", "stock"):
+                time.sleep(PAUSE_S)
                 if way in pages:
                     spent = pages[way].click(image, task, session, given)
                     after = pages[way].stages()
