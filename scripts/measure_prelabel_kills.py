@@ -207,7 +207,6 @@ def _killing(
             sys.exit("the run takes too long")
         time.sleep(0.5)
         done = len(tasks_with(api, project, VERSION))
-        # What waits for its moment is not waited for when nothing goes on any more.
         if len(reached) < kills and done >= due[len(reached)]:
             time.sleep(rng.uniform(0.0, DELAY_S))
             victim = victims[len(reached)]
