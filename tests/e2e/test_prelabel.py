@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import requests
 from PIL import Image
 
-from ml_backend import label_studio, processes
+from ml_backend import label_studio, labeling_config, processes
 from ml_backend.label_studio_api import LabelStudioApi
 from ml_backend.labeling_config import recommended_config
+from ml_backend.prefetch import UNCERTAINTY, Prefetch
 from ml_backend.prelabel_upload import Uploader, settle, tasks_with
+from ml_backend.settings import Settings
 from tests.e2e.conftest import COMMAND, EMAIL, PASSWORD
 
 pytestmark = pytest.mark.e2e
@@ -182,6 +186,96 @@ def test_retrieve_predictions(studio: tuple[str, str], api: LabelStudioApi, tmp_
         server.kill()
         server.wait()
     assert set(map(len, ours(api, project).values())) == {1}
+
+
+def test_outlines_from_a_field_of_the_tasks(studio: tuple[str, str], api: LabelStudioApi, tmp_path: Path) -> None:
+    project, tasks = project_of(api, 3)
+    polygons = '<PolygonLabels name="outline" toName="image" smart="false"><Label value="Cell"/></PolygonLabels>'
+    config = api.project(project)["label_config"].rstrip().removesuffix("</View>") + polygons + "</View>"
+    api.call("PATCH", f"/api/projects/{project}/", json={"label_config": config})
+    for task, boxes in zip(
+        tasks, ([[14, 14, 50, 50]], [{"bbox": [14, 14, 36, 36], "label": "Cell"}], "no list"), strict=True
+    ):
+        data = (api.task(task) or {})["data"] | {"boxes": boxes}
+        api.call("PATCH", f"/api/tasks/{task}/", json={"data": data})
+    command = [str(COMMAND), "prelabel", "--project", str(project), "--json"]
+    command += ["--prompts", "field:boxes", "--format", "polygon", "--no-proposal"]
+    done = subprocess.run(command, env=environment(studio, tmp_path), check=False, capture_output=True, text=True)
+    assert done.returncode == 1, "one task failed"
+    summary = json.loads(done.stdout)
+    assert (summary["done"], summary["regions"]) == (2, 2)
+    assert list(summary["failed"]) == [str(tasks[2])]
+    assert "no list of boxes" in summary["failed"][str(tasks[2])]
+    found = ours(api, project)
+    assert found[tasks[2]] == []
+    for task in tasks[:2]:
+        (region,) = found[task][0]["result"]
+        assert (region["from_name"], region["type"]) == ("outline", "polygonlabels")
+        assert region["value"]["polygonlabels"] == ["Cell"]
+        corners = np.array(region["value"]["points"])
+        assert len(corners) >= 4
+        assert np.abs(corners.mean(0) - 50).max() < 10
+        assert np.ptp(corners, axis=0).min() > 35, "the square takes half the picture"
+
+
+def test_embeddings_of_a_project(studio: tuple[str, str], api: LabelStudioApi, tmp_path: Path, redis_url: str) -> None:
+    """Into a folder by the command itself, and into Redis by a worker."""
+    project, tasks = project_of(api, 3)
+    api.call("POST", f"/api/tasks/{tasks[0]}/annotations/", json={"result": []})
+    settings = environment(studio, tmp_path, BALD_SAM_EMBEDDINGS_DIR=str(tmp_path / "embeddings"))
+    command = [str(COMMAND), "embed", "--project", str(project), "--json"]
+
+    def summary(*more: str) -> dict[str, Any]:
+        done = subprocess.run([*command, *more], env=settings, check=True, capture_output=True, text=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    assert summary("--estimate")["images"] == 3
+    assert not list((tmp_path / "embeddings").rglob("*.safetensors"))
+    assert summary("--unlabelled")["done"] == 2
+    assert len(list((tmp_path / "embeddings").rglob("*.safetensors"))) == 2
+
+    del settings["BALD_SAM_EMBEDDINGS_DIR"]
+    worker = processes.start(
+        [COMMAND, "worker", "--redis-url", redis_url], env=settings, cwd=tmp_path, log=tmp_path / "worker"
+    )
+    try:
+        done = summary("--redis-url", redis_url)
+    finally:
+        processes.stop(worker)
+    assert (done["done"], done["failed"]) == (3, {})
+    with redis.Redis.from_url(redis_url) as client:
+        assert len(list(client.scan_iter("*embedding:*"))) == 3
+
+
+def test_the_next_tasks_are_encoded_before_they_are_opened(
+    studio: tuple[str, str], api: LabelStudioApi, tmp_path: Path
+) -> None:
+    project, tasks = project_of(api, 6)
+    api.call("POST", f"/api/tasks/{tasks[1]}/annotations/", json={"result": []})
+    config = api.project(project)["label_config"]
+    port, folder = processes.free_port(), tmp_path / "embeddings"
+    settings = environment(studio, tmp_path, BALD_SAM_PREFETCH="2", BALD_SAM_EMBEDDINGS_DIR=str(folder))
+    server = processes.start([COMMAND, "serve", "--port", str(port)], env=settings, cwd=tmp_path, log=tmp_path / "log")
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: requests.get(f"{url}/health", timeout=2).ok)
+        opened = {"tasks": [api.task(tasks[0])], "project": f"{project}.1", "label_config": config, "params": {}}
+        assert requests.post(f"{url}/predict", json=opened, timeout=60).ok
+        until(lambda: len(list(folder.rglob("*.safetensors"))) == 3)
+        time.sleep(3)
+        kept = {path.stem for path in folder.rglob("*.safetensors")}
+    finally:
+        processes.stop(server)
+    # The task that was opened, and the two behind it that nobody has annotated.
+    assert kept == {hashlib.sha256(picture(number)).hexdigest() for number in (0, 2, 3)}
+
+    ahead = Prefetch(Settings(_env_file=None, prefetch=2), None, api)  # type: ignore[arg-type]
+    for task, score in zip(tasks, (0.9, 0.1, 0.8, 0.2, 0.7, 0.3), strict=True):
+        api.create_prediction(task, [], score=score, model_version=VERSION)
+    api.call("PATCH", f"/api/projects/{project}/", json={"model_version": VERSION, "sampling": UNCERTAINTY})
+    following = [one.task for one in ahead.following(project, tasks[3], labeling_config.parse(config))]
+    assert following == [tasks[5], tasks[4]], "the least sure of the others that nobody has annotated"
 
 
 def until(condition: Any, seconds: float = 240) -> None:
