@@ -84,7 +84,7 @@ def options(folder: Path, backbone: str) -> RuntimeOptions:
 
 
 def throughput(backbone: str, count: int, repeats: int, propose: bool) -> dict[str, Any]:
-    """Both ways in turns, `repeats` times; the medians count."""
+    """Both ways in turns, `repeats` times; the medians count, on a busy machine the quickest (least disturbed)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = pictures(folder, count)
@@ -116,6 +116,7 @@ def throughput(backbone: str, count: int, repeats: int, propose: bool) -> dict[s
         "threads": torch.get_num_threads(),
         **{f"{key}_images_per_s": round(value, 3) for key, value in rate.items()},
         "ratio": round(rate["prelabel"] / rate["bare"], 3),
+        "ratio_of_the_quickest": round(min(seconds["bare"]) / min(seconds["prelabel"]), 3),
         "ratios": [round(b / p, 3) for b, p in zip(seconds["bare"], seconds["prelabel"], strict=True)],
     }
 

@@ -1,7 +1,8 @@
 """Pre-labelling: many images, the prompts of their objects given, none or to be found.
 
-Reading an image, running the model, and making masks from logits happen at the same time, for different images. The
-model runs on the caller's thread, and lets clicks through between any two small steps (`worker.preemption`).
+Reading an image, encoding it, and making masks of its objects happen at the same time, for different images. The
+encoder runs on the caller's thread, and lets clicks through between any two small steps (`worker.preemption`); the
+decoder and what follows run beside it, and stand by meanwhile.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from rq.timeouts import BaseTimeoutException
 from torch import Tensor
 
 from worker import brush_rle
+from worker.backbones import Backbone
 from worker.contract import (
     Failure,
     ObjectPrompts,
@@ -39,7 +42,7 @@ from worker.everything import segment_everything
 from worker.images import decode_image, fetch
 from worker.masks import to_mask
 from worker.outlines import prompts_of, rings
-from worker.preemption import ASK_EVERY_S, give_way, give_way_within, work_beside
+from worker.preemption import ASK_EVERY_S, give_way, give_way_within, stand_by, work_beside
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, failure, in_image
 
@@ -50,10 +53,13 @@ READ_AHEAD = 4
 READERS = 2
 #: Images whose masks may wait to be made.
 FINISH_BEHIND = 4
+#: Encoders of fewer parameters than this gain nothing from a second half of the cores: the decoder has it.
+SMALL_ENCODER = 5_000_000
 #: Single clicks that are decoded in one pass.
 DECODE_BATCH = 16
 
 Answer = PrelabelImage | PrelabelFailure
+T = TypeVar("T")
 
 
 def prelabel(job: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def _prelabel(job: PrelabelJob, current: Runtime) -> PrelabelResult:
     return PrelabelResult(
         images=tuple(one for one in answers if isinstance(one, PrelabelImage)),
         failed=tuple(one for one in answers if isinstance(one, PrelabelFailure)),
-        model_version=current.proposer.model_version,
+        model_version=current.proposer_of(job.items[0].image.project if job.items else None).model_version,
     )
 
 
@@ -78,9 +84,11 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     """
     backbone, _ = current.backbone, current.proposer
     give_way_within(backbone.sam.image_encoder)
+    half = max(1, torch.get_num_threads() // 2)
     with (
         ThreadPoolExecutor(READERS, "prelabel-read", work_beside) as readers,
-        ThreadPoolExecutor(1, "prelabel-finish", work_beside) as finishers,
+        ThreadPoolExecutor(1, "prelabel-finish", work_beside, (half,)) as finishers,
+        _threads(half if _is_small(backbone) else None),
     ):
         finishing: deque[Future[Answer] | PrelabelFailure] = deque()
         try:
@@ -92,6 +100,23 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
                 yield _result(finishing.popleft())
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_small(backbone: Backbone) -> bool:
+    encoder = backbone.sam.image_encoder
+    return backbone.device.type == "cpu" and sum(one.numel() for one in encoder.parameters()) < SMALL_ENCODER
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads for PyTorch on this thread; None: as many as before."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,7 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Object:
-    """An object that was decided on: what the finishing thread needs to make its region."""
+    """An object that was decided on: what its region is made from."""
 
     logits: Tensor
     frame: Frame
@@ -149,21 +174,31 @@ def _attempt(
     finishers: ThreadPoolExecutor,
 ) -> Future[Answer] | PrelabelFailure:
     try:
-        while not reading.done():
-            give_way()
-            wait([reading], ASK_EVERY_S)
-        image = reading.result()
-        try:
-            objects = _decide(item, image, options, current)
-        except torch.OutOfMemoryError:
-            log.warning("The device ran out of memory; trying once more with empty caches.")
-            current.free_memory()
-            objects = _decide(item, image, options, current)
+        image = _patiently(reading)
+        embedding = _once_more(lambda: _encode(image, options, current), current)
     except BaseTimeoutException:
         raise  # the worker's own: it must see it
     except Exception as error:
         return _failed(item, error)
-    return finishers.submit(_finish, item, image.original_size, objects, options)
+    return finishers.submit(_finish, item, embedding, options, current)
+
+
+def _patiently(future: Future[T]) -> T:
+    """What a thread beside this one makes; clicks are let through meanwhile."""
+    while not future.done():
+        give_way()
+        wait([future], ASK_EVERY_S)
+    return future.result()
+
+
+def _once_more(work: Callable[[], T], current: Runtime) -> T:
+    """`work`, and again where the device had no memory for it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        log.warning("The device ran out of memory; trying once more with empty caches.")
+        current.free_memory()
+        return work()
 
 
 def _failed(item: PrelabelItem, error: Exception) -> PrelabelFailure:
@@ -176,25 +211,29 @@ def _is_done(one: Future[Answer] | PrelabelFailure) -> bool:
 
 
 def _result(one: Future[Answer] | PrelabelFailure) -> Answer:
-    return one if isinstance(one, PrelabelFailure) else one.result()
+    return one if isinstance(one, PrelabelFailure) else _patiently(one)
 
 
 @torch.inference_mode()
-def _decide(item: PrelabelItem, image: _Read, options: PrelabelOptions, current: Runtime) -> list[_Object]:
-    """Encode, decode every object, and decide on its mask and its next click."""
+def _encode(image: _Read, options: PrelabelOptions, current: Runtime) -> Embedding:
     give_way()
+    if image.embedding is not None:
+        return image.embedding
+    assert image.resized is not None
+    with current.encoding:
+        embedding = encode_resized(current.backbone, image.resized, image.original_size)
+    if options.keep:
+        # Not in the memory: annotators' images are there.
+        current.embeddings.put(image.key, embedding, remember=False)
+    return embedding
+
+
+def _decide(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> list[_Object]:
+    """Decode every object, and decide on its mask and its next click."""
     backbone, proposer = current.backbone, current.proposer_of(item.image.project)
-    embedding = image.embedding
-    if embedding is None:
-        assert image.resized is not None
-        with current.encoding:
-            embedding = encode_resized(backbone, image.resized, image.original_size)
-        if options.keep:
-            # Not in the memory: annotators' images are there.
-            current.embeddings.put(image.key, embedding, remember=False)
     objects = []
     for label, prompts, decoded in _decoded(item, embedding, current):
-        give_way()
+        stand_by()
         decision = proposer.propose(
             decoded,
             prompts,
@@ -219,14 +258,14 @@ def _decoded(
     given = [(one.label, known) for one in item.objects if (known := _prompts(one, item, embedding)) is not None]
     single = [one for one in given if len(one[1].clicks) == 1 and one[1].box is None]
     for start in range(0, len(single), DECODE_BATCH):
-        give_way()
+        stand_by()
         part = single[start : start + DECODE_BATCH]
         answers = decode_batch(backbone, embedding, [prompts for _, prompts in part])
         for (label, prompts), decoded in zip(part, answers, strict=True):
             yield label, prompts, decoded
     for label, prompts in given:
         if len(prompts.clicks) != 1 or prompts.box is not None:
-            give_way()
+            stand_by()
             yield label, prompts, decode_session(backbone, embedding, prompts)
 
 
@@ -246,11 +285,12 @@ def _prompts(one: ObjectPrompts, item: PrelabelItem, embedding: Embedding) -> Pr
     return in_image(given, frame, embedding.original_size)
 
 
-def _finish(item: PrelabelItem, size: tuple[int, int], objects: list[_Object], options: PrelabelOptions) -> Answer:
-    """Masks at full size, and their brush or outlines. Runs beside the model."""
+def _finish(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> Answer:
+    """Objects, masks at full size, and their brush or outlines. Runs beside the encoder."""
     try:
         with torch.inference_mode():
-            return _regions(item, size, objects, options)
+            objects = _once_more(lambda: _decide(item, embedding, options, current), current)
+            return _regions(item, embedding.original_size, objects, options)
     except Exception as error:
         return _failed(item, error)
 

@@ -12,7 +12,7 @@ from worker.backbones import Backbone
 from worker.contract import Click, Everything, Prompts
 from worker.decode import Decoded, decode_batch
 from worker.embeddings import Embedding
-from worker.preemption import give_way
+from worker.preemption import stand_by
 
 #: Points decoded in one pass.
 BATCH = 16
@@ -42,7 +42,7 @@ def segment_everything(backbone: Backbone, embedding: Embedding, options: Everyt
     candidates: list[Candidate] = []
     points = grid(embedding.original_size, options.points_per_side)
     for start in range(0, len(points), BATCH):
-        give_way()
+        stand_by()
         chosen = points[start : start + BATCH]
         prompts = [Prompts(clicks=(Click(x=x, y=y),)) for x, y in chosen]
         for (x, y), decoded in zip(chosen, decode_batch(backbone, embedding, prompts), strict=True):
@@ -53,7 +53,7 @@ def segment_everything(backbone: Backbone, embedding: Embedding, options: Everyt
     found: list[tuple[Prompts, Decoded]] = []
     # All masks of the grid would be gigabytes: the few that stay are decoded again.
     for start in range(0, len(kept), BATCH):
-        give_way()
+        stand_by()
         prompts = [Prompts(clicks=(Click(x=one.x, y=one.y),)) for one in kept[start : start + BATCH]]
         found += zip(prompts, decode_batch(backbone, embedding, prompts), strict=True)
     return found

@@ -2,7 +2,8 @@
 
 There is one model in a process and one thread that runs it. A click must not wait until an image of a batch is encoded,
 so whoever runs a batch job says what to do about clicks (`letting_through`), and the batch job calls `give_way` between
-two layers of the encoder and between two objects. The click is answered there and then, on the same thread.
+two layers of the encoder, and while it waits. The click is answered there and then, on the same thread; other threads
+of the job `stand_by`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ ASK_EVERY_S = 0.005
 #: Niceness of threads that work beside the model: a quarter of a core where the model wants all of them.
 BESIDE_NICENESS = 5
 
+#: Nobody stands by for longer, seconds.
+STAND_BY_LIMIT_S = 60.0
+
 _local = threading.local()
+#: Set while nobody is being let through.
+_free = threading.Event()
+_free.set()
 _watched: WeakSet[nn.Module] = WeakSet()
 _watched_lock = threading.Lock()
 
@@ -46,11 +53,18 @@ def give_way() -> None:
     if answer is None or time.monotonic() - _local.asked < ASK_EVERY_S:
         return
     _local.answer = None
+    _free.clear()
     try:
         with _torch_as_outside():
             answer()
     finally:
+        _free.set()
         _local.answer, _local.asked = answer, time.monotonic()
+
+
+def stand_by() -> None:
+    """On a thread beside the model's: wait while something is let through, so that the cores are its own."""
+    _free.wait(STAND_BY_LIMIT_S)
 
 
 @contextmanager
@@ -67,13 +81,13 @@ def _torch_as_outside() -> Iterator[None]:
         yield
 
 
-def work_beside() -> None:
-    """Make this thread leave the cores to the model's: one thread for PyTorch, and a low priority where the system
+def work_beside(threads: int = 1) -> None:
+    """Make this thread leave the cores to the model's: few threads for PyTorch, and a low priority where the system
     has one for each thread. The model's threads wait for each other at every step, so that one that is held up on its
     core holds up all."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     if sys.platform == "linux":
         thread = threading.get_native_id()
         lower = min(os.getpriority(os.PRIO_PROCESS, thread) + BESIDE_NICENESS, 19)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from worker import preemption
-from worker.preemption import give_way, give_way_within, letting_through
+from worker.preemption import give_way, give_way_within, letting_through, stand_by
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +90,25 @@ def test_threads_beside_the_model_have_one_thread_and_a_low_priority() -> None:
     if sys.platform == "linux":
         assert found[0][1] == min(before + preemption.BESIDE_NICENESS, 19)
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_what_works_beside_stands_by_while_something_goes_first() -> None:
+    done = threading.Event()
+    seen = []
+
+    def work() -> None:
+        stand_by()
+        done.set()
+
+    beside = threading.Thread(target=work)
+
+    def urgent() -> None:
+        beside.start()
+        seen.append(done.wait(0.2))
+
+    stand_by()
+    with letting_through(urgent):
+        give_way()
+    beside.join(5)
+    assert seen == [False]
+    assert done.is_set()
