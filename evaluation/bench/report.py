@@ -29,7 +29,8 @@ def machine(device: str) -> dict[str, str]:
     if device.startswith("cuda"):
         what = torch.cuda.get_device_name(device)
     else:
-        what = f"{torch.get_num_threads()} threads of {_processor()}"
+        count = torch.get_num_threads()
+        what = f"{count} {'thread' if count == 1 else 'threads'} of {_processor()}"
     return {"device": what, "date": date.today().isoformat(), "torch": torch.__version__}
 
 
