@@ -13,6 +13,7 @@ import os
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -22,6 +23,7 @@ from tiny.teacher import precompute
 from tiny.training import Run
 
 HERE = Path(__file__).parent
+BASE = HERE / "tiny" / "config.toml"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of SET/images, SET/labels, SET/metadata.json")
     parser.add_argument("--teacher", type=Path, help="weights of the frozen teacher, its loader (.py) beside them")
-    parser.add_argument("--config", type=Path, default=HERE / "tiny" / "config.toml")
+    parser.add_argument("--config", type=Path, default=BASE, help="what is to differ from tiny/config.toml")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "bald-sam" / "train-tiny",
                         help="packed pool, checkpoint and log of the run (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=HERE.parent / "worker" / "weights" / "tiny.safetensors")
@@ -47,10 +49,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of `BASE` with the values of `path` instead of its own."""
+    config, own = tomllib.loads(BASE.read_text()), tomllib.loads(path.read_text())
+    return config | {key: config[key] | value if isinstance(value, dict) else value for key, value in own.items()}
+
+
 def main() -> int:
     """Pack, precompute, train, export; returns the exit status."""
     options = parse()
-    config = tomllib.loads(options.config.read_text())
+    config = read_config(options.config)
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(0)  # its pool costs more than it gives on masks this small
     torch.set_flush_denormal(True)  # denormals in early training cost a CPU a multiple of the time

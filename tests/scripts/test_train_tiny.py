@@ -193,3 +193,12 @@ def test_going_on_with_another_configuration_is_refused(tmp_path: Path) -> None:
     assert second.returncode == 2
     assert "another configuration" in said
     assert "Traceback" not in said
+
+
+def test_a_configuration_says_only_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    train_tiny = importlib.import_module("train_tiny")
+    whole, further = (train_tiny.read_config(SCRIPTS / "tiny" / name) for name in ("config.toml", "continue.toml"))
+    assert further["pool"] == whole["pool"] and further["model"] == whole["model"]
+    assert (further["train"]["objects"], further["train"]["clip"]) == (1, whole["train"]["clip"])
+    assert further["stages"][-1] == {"size": 384, "until": 1.0}
