@@ -34,7 +34,7 @@ def test_keys_and_report_of_a_quick_run(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "results" / "speed.md"
     page.parent.mkdir(parents=True)
     (tmp_path / "docs" / "images").mkdir()
-    page.write_text(f"# Speed\n\nBefore.\n\n{report.BEGIN}\nold\n{report.END}\n\n## Remarks\nAfter.\n")
+    page.write_text(f"# Speed\n\nBefore.\n\n{report.BEGIN}\nstale\n{report.END}\n\n## Remarks\nAfter.\n")
     found = bench("--quick", "--report", page, "--json", tmp_path / "bench.json")
 
     for size in ("1024x1024", "4000x3000"):
@@ -49,7 +49,9 @@ def test_keys_and_report_of_a_quick_run(tmp_path: Path) -> None:
     assert "slope_mb_per_100_images" in found["memory"]
 
     text = page.read_text()
-    assert text.startswith("# Speed\n\nBefore.\n\n<!--") and text.endswith("## Remarks\nAfter.\n") and "old" not in text
+    assert (
+        text.startswith("# Speed\n\nBefore.\n\n<!--") and text.endswith("## Remarks\nAfter.\n") and "stale" not in text
+    )
     assert "../images/performance.png" in text
     assert 0 < (tmp_path / "docs" / "images" / "performance.png").stat().st_size < 100_000
     bench("--only", "", "--report", page, "--json", tmp_path / "bench.json")
