@@ -110,7 +110,10 @@ class Service:
         except requests.RequestException:
             return False
         status = self.status() if self.workers else {"workers": []}
-        return sum(worker["state"] == "ready" for worker in status["workers"]) >= len(self.workers)
+        ready = {pid_of(worker["name"]) for worker in status["workers"] if worker["state"] == "ready"}
+        alive = {worker.pid for worker in self.alive()}
+        # For a second Redis still knows of one that was killed.
+        return len(alive) == len(self.workers) and alive <= ready
 
     def status(self) -> dict[str, Any]:
         """What a web process knows of queues and workers."""
