@@ -87,7 +87,7 @@ def one_shot_clicks(truth: Mask, count: int, place: Placement, rng: np.random.Ge
 
 
 def grabcut(
-    image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius: int = 4, rounds: int = 4, side: int = 512
+    image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius: int = 4, rounds: int = 4, side: int = 256
 ) -> Mask:
     """OpenCV's GrabCut from clicks: discs around clicks are certain, the rest is likely background but near positives.
 
@@ -120,7 +120,7 @@ def random_walker(image: NDArray[np.uint8], clicks: tuple[Click, ...], *, radius
     labels[0], labels[-1], labels[:, 0], labels[:, -1] = 2, 2, 2, 2
     for click in clicks:
         cv2.circle(labels, (int(click.x * scale), int(click.y * scale)), radius, 1 if click.positive else 2, -1)
-    found = walk(small / 255.0, labels, beta=300, mode="cg_j", tol=1e-4, prob_tol=0.1, channel_axis=-1)
+    found = walk(small / 255.0, labels, beta=300, mode="bf", channel_axis=-1)
     return _enlarged(found == 1, image)
 
 
