@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: A place is in doubt when the label shown there is wrong with at least this probability.
+#: A place is in doubt when the label shown there is wrong with at least this probability, or half of what it is at the
+#: click where that is less: where nothing is in much doubt, gains still differ.
 DOUBT = 0.25
 
 
 def expected_gain(probability: Tensor, shown: Tensor, valid: Tensor, pixel: tuple[int, int]) -> float:
     """What a click at `pixel` is expected to mend, as a part of the union of mask and object.
 
-    The click settles the doubtful region around it (4-connected pixels that are wrong with at least `DOUBT`); the
-    expected number of wrong pixels there is divided by the expected union |M| + E|Y - M|.
+    The click settles the doubtful region around it (4-connected pixels, see `DOUBT`); the expected number of wrong
+    pixels there is divided by the expected union |M| + E|Y - M|.
 
     Args:
         probability: (h, w) float, P(inside).
@@ -30,12 +31,13 @@ def expected_gain(probability: Tensor, shown: Tensor, valid: Tensor, pixel: tupl
         pixel: (row, col) of the click.
 
     Returns:
-        Between 0 and 1; 0 where the place is not in doubt.
+        Between 0 and 1; 0 where the place is not in doubt at all.
     """
     wrong = torch.where(valid, torch.where(shown, 1.0 - probability, probability), 0.0)
-    doubtful = (wrong >= DOUBT).cpu().numpy().astype(np.uint8)
-    if not doubtful[pixel]:
+    doubt = min(DOUBT, 0.5 * float(wrong[pixel]))
+    if doubt == 0.0:
         return 0.0
+    doubtful = (wrong >= doubt).cpu().numpy().astype(np.uint8)
     _count, labels = cv2.connectedComponents(doubtful, connectivity=4)
     region = torch.from_numpy(labels == labels[pixel]).to(wrong.device)
     mended = float(wrong[region].sum())

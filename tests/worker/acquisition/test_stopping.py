@@ -15,7 +15,9 @@ def test_expected_gain_by_hand() -> None:
     assert expected_gain(probability, shown, valid, (0, 3)) == pytest.approx(0.9 / union)
     assert expected_gain(probability, shown, valid, (0, 4)) == pytest.approx(0.9 / union)
     assert expected_gain(probability, shown, valid, (2, 0)) == pytest.approx(0.3 / union)
-    assert expected_gain(probability, shown, valid, (0, 0)) == 0.0  # wrong with 0.1 only
+    # Wrong with 0.1 only: the region is what is wrong with at least half of that, here the mask and the cell below it.
+    assert expected_gain(probability, shown, valid, (0, 0)) == pytest.approx(0.7 / union)
+    assert expected_gain(probability, shown, valid, (1, 2)) == 0.0
 
 
 def test_padding_is_neither_doubtful_nor_part_of_the_union() -> None:
