@@ -260,12 +260,12 @@ def _alone(home: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the demo as Ctrl-C does."""
+    """SIGTERM and SIGHUP stop the demo as Ctrl-C does; so does SIGINT where the script that started it ignores that."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    former = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    former = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
