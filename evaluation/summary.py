@@ -21,9 +21,11 @@ MEASURES = ("iou_1", "iou_final", "best_iou", "delta_iou", "auc", "noc85", "noc9
 WITH_TRUTH = frozenset(USERS) | {HUMAN}
 
 
-def read_clicks(path: Path) -> pd.DataFrame:
-    """clicks.csv, one row per click."""
-    return pd.read_csv(path, dtype={"dataset": str, "pair": str, "strategy": str})
+def read_clicks(path: Path, pairs: Collection[Key], strategies: Collection[str]) -> pd.DataFrame:
+    """clicks.csv, one row per click, of these pairs and strategies: a folder may hold more of an earlier run."""
+    rows = pd.read_csv(path, dtype={"dataset": str, "pair": str, "strategy": str})
+    rows = rows[[key in pairs for key in zip(rows["dataset"], rows["pair"], strict=True)]]
+    return rows[rows["strategy"].isin(strategies)]
 
 
 def object_table(clicks: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -115,18 +116,15 @@ def _backbone(
     (folder / "fits.json").write_text(json.dumps(fits, indent=1) + "\n")
     played = replace(setup, strategies=(*strategies, *REFERENCES))
     run(played, pairs, folder / "clicks.csv", progress=progress_line())
-    wanted = {(pair.dataset, pair.name) for pair in pairs}
-    found = summary.read_clicks(folder / "clicks.csv")
-    found = found[[key in wanted for key in zip(found["dataset"], found["pair"], strict=True)]]
-    found = found[found["strategy"].isin(played.strategies)]
-    return table(found, fits, {(pair.dataset, pair.name): str(pair.image) for pair in pairs}, shown)
+    images = {(pair.dataset, pair.name): str(pair.image) for pair in pairs}
+    return table(summary.read_clicks(folder / "clicks.csv", images, played.strategies), fits, images, shown)
 
 
 def _setup(name: str, folder: Path, random_weights: bool, device: str | None, clicks: int) -> tuple[Setup, str]:
     """How to build a backbone of the list, and what to call it. Raises ValueError for one that is not there."""
     from evaluation.run import Setup
     from worker.backbones import BACKBONES, TINY_WEIGHTS
-    from worker.backbones.checkpoints import checkpoint_path
+    from worker.backbones.checkpoints import checkpoint_path, file_sha256
     from worker.backbones.tiny import load_tiny, resize_tiny, save_tiny
 
     options = Settings()
@@ -135,11 +133,13 @@ def _setup(name: str, folder: Path, random_weights: bool, device: str | None, cl
     if kind not in BACKBONES or (size and (kind != "tiny" or not size.isdigit())):
         raise ValueError(f"There is no backbone {name!r}. Choose of {', '.join(BACKBONES)}, tiny@256 and the like.")
     if size:
-        sam = load_tiny(TINY_WEIGHTS)
-        resize_tiny(sam, int(size))
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder / "tiny.safetensors"
-        save_tiny(sam, checkpoint)
+        # Written once: the same weights do not give the same file twice, and the file's hash is the backbone's id.
+        checkpoint = folder / f"tiny-{file_sha256(TINY_WEIGHTS)[:12]}.safetensors"
+        if not checkpoint.is_file():
+            sam = load_tiny(TINY_WEIGHTS)
+            resize_tiny(sam, int(size))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tiny(sam, checkpoint)
     published = BACKBONES[kind].checkpoint
     missing = published is not None and not checkpoint_path(published, options.data_dir).exists()
     noise = missing and random_weights
@@ -160,11 +160,14 @@ def _pixels(setup: Setup, examples: list[Pair], folder: Path, seed: int) -> Pixe
 
     path = folder / "pixels.safetensors"
     backbone, _ = model(setup)
-    drawn_from = f"{backbone.id} {seed} {len(examples)}"
+    names = "\n".join(f"{pair.dataset}/{pair.name}" for pair in examples)
+    drawn_from = hashlib.sha256(f"{backbone.id} {seed}\n{names}".encode()).hexdigest()
     if path.is_file():
         with safe_open(path, "pt") as file:
-            if file.metadata().get("of") == drawn_from:
-                return Pixels(names=[], **load_file(path))
+            # The clicks beside it were asked for by heads that were fitted to these pixels.
+            if file.metadata().get("of") != drawn_from:
+                raise ValueError(f"{folder} holds results of other weights or training objects. Choose another --out.")
+        return Pixels(names=[], **load_file(path))
     progress = progress_line()
     pixels = collect(
         backbone,

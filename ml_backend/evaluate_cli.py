@@ -120,13 +120,10 @@ def evaluate(
         run(setup, pairs, out / "clicks.csv", jobs=jobs, progress=progress_line(), recorded=recorded)
     except (ValueError, CheckpointError) as error:
         fail(str(error))
-    wanted = {(pair.dataset, pair.name) for pair in pairs}
-    rows = summary.read_clicks(out / "clicks.csv")
-    rows = rows[[key in wanted for key in zip(rows["dataset"], rows["pair"], strict=True)]]
-    rows = rows[rows["strategy"].isin(names)]
+    images = {(pair.dataset, pair.name): str(pair.image) for pair in pairs}
+    rows = summary.read_clicks(out / "clicks.csv", images, names)
     _, proposer = model(setup)
     thin = {(pair.dataset, pair.name) for pair in pairs if metrics.disc_share(pair.read_mask()) < metrics.THIN}
-    images = {(pair.dataset, pair.name): str(pair.image) for pair in pairs}
     result = summary.summarise(rows, images, thin=thin, stops=proposer.head.stop)
     summary.write_summary(result, out / "summary.json")
     plots.curves(rows, out / "curves.png")

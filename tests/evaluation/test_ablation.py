@@ -15,6 +15,7 @@ from evaluation import ablation, ablation_report
 from evaluation.laplace_settings import AXES, BASE, SETTINGS, Setting, chosen
 from evaluation.scenes import draw
 from ml_backend.ablate_cli import ablate
+from worker import acquisition
 from worker.acquisition.registry import REGISTRY
 from worker.head.fit import Pixels
 from worker.head.network import Kind
@@ -174,6 +175,8 @@ def test_the_command_makes_tables_and_figures_and_goes_on(folder: Path, tmp_path
     before = (out / "tiny@96" / "clicks.csv").read_text()
     again = CliRunner().invoke(ablate, arguments, catch_exceptions=False)
     assert again.exit_code == 0 and (out / "tiny@96" / "clicks.csv").read_text() == before
+    seeded = CliRunner().invoke(ablate, [*arguments, "--seed", "1"])
+    assert seeded.exit_code == 2 and "other weights or training objects" in seeded.output
     other = CliRunner().invoke(ablate, [*arguments, "--backbones", "vit_b"])
     assert other.exit_code == 2 and "bald-sam models download vit_b" in other.output
 
@@ -188,6 +191,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few rows, and strategies that a test registers are gone after it."""
     for name, rows in (("FITTED", 2000), ("TUNED", 500), ("JUDGED", 2000)):
         monkeypatch.setattr(ablation, name, rows)
+    acquisition.names()  # the strategies register themselves once, on import
     kept = dict(REGISTRY)
     yield
     REGISTRY.clear()
