@@ -1,8 +1,9 @@
 """Pre-labelling: many images, the prompts of their objects given, none or to be found.
 
-Reading an image, encoding it, and making masks of its objects happen at the same time, for different images. The
+Reading an image, encoding it, and making masks of its objects happen at the same time, for different images. A large
 encoder runs on the caller's thread, and lets clicks through between any two small steps (`worker.preemption`); the
-decoder and what follows run beside it, and stand by meanwhile.
+decoder and what follows run beside it, and stand by meanwhile. A small one on a CPU has too little to do between two
+steps for several cores: each core sees an image of its own through, and the caller's thread is there for clicks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,8 +53,10 @@ READ_AHEAD = 4
 READERS = 2
 #: Images whose masks may wait to be made.
 FINISH_BEHIND = 4
-#: Encoders of fewer parameters than this gain nothing from a second half of the cores: the decoder has it.
+#: Encoders of fewer parameters than this are small.
 SMALL_ENCODER = 5_000_000
+#: Images that are seen through at the same time: more wait for Python's lock.
+MAX_LANES = 8
 #: Single clicks that are decoded in one pass.
 DECODE_BATCH = 16
 
@@ -84,39 +86,34 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     """
     backbone, _ = current.backbone, current.proposer
     give_way_within(backbone.sam.image_encoder)
-    half = max(1, torch.get_num_threads() // 2)
+    lanes = _lanes(backbone)
+    threads = 1 if lanes else max(1, torch.get_num_threads() // 2)
+    behind = max(FINISH_BEHIND, 2 * lanes)
     with (
         ThreadPoolExecutor(READERS, "prelabel-read", work_beside) as readers,
-        ThreadPoolExecutor(1, "prelabel-finish", work_beside, (half,)) as finishers,
-        _threads(half if _is_small(backbone) else None),
+        ThreadPoolExecutor(max(lanes, 1), "prelabel-finish", work_beside, (threads,)) as others,
     ):
         finishing: deque[Future[Answer] | PrelabelFailure] = deque()
         try:
             for item, pixels in _ahead(items, lambda item: readers.submit(_read, item, current)):
-                finishing.append(_attempt(item, pixels, options, current, finishers))
-                while finishing and (len(finishing) > FINISH_BEHIND or _is_done(finishing[0])):
+                if lanes:
+                    finishing.append(others.submit(_see_through, item, pixels, options, current))
+                else:
+                    finishing.append(_attempt(item, pixels, options, current, others))
+                while finishing and (len(finishing) > behind or _is_done(finishing[0])):
                     yield _result(finishing.popleft())
             while finishing:
                 yield _result(finishing.popleft())
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
+            others.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_small(backbone: Backbone) -> bool:
+def _lanes(backbone: Backbone) -> int:
+    """How many images are seen through at the same time, each by one thread; 0: the encoder runs on the caller's."""
     encoder = backbone.sam.image_encoder
-    return backbone.device.type == "cpu" and sum(one.numel() for one in encoder.parameters()) < SMALL_ENCODER
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many threads for PyTorch on this thread; None: as many as before."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    small = backbone.device.type == "cpu" and sum(one.numel() for one in encoder.parameters()) < SMALL_ENCODER
+    return min(torch.get_num_threads(), MAX_LANES) if small else 0
 
 
 @dataclass(frozen=True)
@@ -175,12 +172,22 @@ def _attempt(
 ) -> Future[Answer] | PrelabelFailure:
     try:
         image = _patiently(reading)
-        embedding = _once_more(lambda: _encode(image, options, current), current)
+        with current.encoding:
+            embedding = _once_more(lambda: _encode(image, options, current), current)
     except BaseTimeoutException:
         raise  # the worker's own: it must see it
     except Exception as error:
         return _failed(item, error)
     return finishers.submit(_finish, item, embedding, options, current)
+
+
+def _see_through(item: PrelabelItem, reading: Future[_Read], options: PrelabelOptions, current: Runtime) -> Answer:
+    """Everything after reading, on a thread of `_lanes`. Small encoders need no turn: their memory is small too."""
+    try:
+        embedding = _encode(reading.result(), options, current)
+    except Exception as error:
+        return _failed(item, error)
+    return _finish(item, embedding, options, current)
 
 
 def _patiently(future: Future[T]) -> T:
@@ -220,8 +227,7 @@ def _encode(image: _Read, options: PrelabelOptions, current: Runtime) -> Embeddi
     if image.embedding is not None:
         return image.embedding
     assert image.resized is not None
-    with current.encoding:
-        embedding = encode_resized(current.backbone, image.resized, image.original_size)
+    embedding = encode_resized(current.backbone, image.resized, image.original_size)
     if options.keep:
         # Not in the memory: annotators' images are there.
         current.embeddings.put(image.key, embedding, remember=False)

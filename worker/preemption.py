@@ -63,8 +63,9 @@ def give_way() -> None:
 
 
 def stand_by() -> None:
-    """On a thread beside the model's: wait while something is let through, so that the cores are its own."""
-    _free.wait(STAND_BY_LIMIT_S)
+    """On a thread that works beside the model's: wait while something is let through, so that the cores are its own."""
+    if getattr(_local, "beside", False):
+        _free.wait(STAND_BY_LIMIT_S)
 
 
 @contextmanager
@@ -87,6 +88,7 @@ def work_beside(threads: int = 1) -> None:
     core holds up all."""
     import torch
 
+    _local.beside = True
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         thread = threading.get_native_id()
@@ -95,7 +97,8 @@ def work_beside(threads: int = 1) -> None:
 
 
 def give_way_within(encoder: nn.Module) -> None:
-    """Make `encoder` call `give_way` before each of its layers: the members of its lists and sequences of modules."""
+    """Make `encoder` call `give_way`, or beside the model's thread `stand_by`, before each of its layers: the members
+    of its lists and sequences of modules."""
     from torch import nn
 
     with _watched_lock:
@@ -110,3 +113,4 @@ def give_way_within(encoder: nn.Module) -> None:
 
 def _before_layer(_layer: nn.Module, _inputs: Any) -> None:
     give_way()
+    stand_by()

@@ -97,6 +97,7 @@ def test_what_works_beside_stands_by_while_something_goes_first() -> None:
     seen = []
 
     def work() -> None:
+        preemption.work_beside()
         stand_by()
         done.set()
 
