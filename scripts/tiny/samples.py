@@ -122,7 +122,8 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def _crop(labels: NDArray[np.uint8], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(x0, y0, width, height) in pixels: the whole image, or a window that holds a pixel of some object."""
+    """(x0, y0, width, height) in pixels: the whole image, a window that holds a pixel of some object, or one about an
+    object that is 1.3 to 4 times as large as it, because small objects are otherwise never seen from near."""
     height, width = labels.shape
     numbers = np.unique(labels)
     numbers = numbers[numbers > 0]
@@ -130,8 +131,12 @@ def _crop(labels: NDArray[np.uint8], rng: np.random.Generator) -> tuple[int, int
         return 0, 0, width, height
     ys, xs = np.nonzero(labels == rng.choice(numbers))
     at = rng.integers(len(ys))
-    side = rng.uniform(0.4, 1.0)
-    w, h = (max(round(full * min(side * np.exp(rng.uniform(-0.15, 0.15)), 1.0)), 16) for full in (width, height))
+    if rng.random() < 0.45:
+        extent = max(np.ptp(xs), np.ptp(ys)) + 1
+        w = h = max(round(extent * np.exp(rng.uniform(np.log(1.3), np.log(4.0)))), 24)
+    else:
+        side = rng.uniform(0.4, 1.0)
+        w, h = (max(round(full * min(side * np.exp(rng.uniform(-0.15, 0.15)), 1.0)), 16) for full in (width, height))
     w, h = min(w, width), min(h, height)
     x0 = int(np.clip(xs[at] - rng.uniform(0.1, 0.9) * w, 0, width - w))
     y0 = int(np.clip(ys[at] - rng.uniform(0.1, 0.9) * h, 0, height - h))
