@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.head import predictive
-from worker.head.features import pixel_features
+from worker.head.features import weighted_features
 from worker.head.kernel import AMPLITUDE, ClickKernel, click_cells
 from worker.head.linear import LinearPosterior
 
@@ -77,10 +77,11 @@ class State:
         """E[f] under `conditioned` at the resolution of `decoded`, (h, w): the head's own mask."""
         if self.coarse is self.decoded:
             return self.mean
-        features = pixel_features(self.decoded, self.prompts)
+        mean, plain = self.conditioned.mean, len(self.posterior.names)
+        logits = weighted_features(self.decoded, self.prompts, mean[:plain])
         if self.prompts.clicks:
-            features = torch.cat([features, self.kernel.features(self.decoded)])
-        return self.conditioned.logit_mean(features)
+            logits += self.kernel.weighted_features(self.decoded, mean[plain:])
+        return logits
 
     @cached_property
     def variance(self) -> Tensor:

@@ -93,6 +93,30 @@ def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
     return torch.cat(parts).float()
 
 
+def weighted_features(decoded: Decoded, prompts: Prompts, weights: Tensor) -> Tensor:
+    """(h, w): the features of `pixel_features` times `weights` (d,), summed, without ever holding them: a third of the
+    time where only this sum is asked for."""
+    logits, upscaled = decoded.logits, decoded.upscaled
+    height, width = logits.shape
+    channels, side = len(upscaled), float(max(height, width))
+    sizes = [1, channels, 1, len(BLUR_SIDES), CANDIDATES, 2 * len(NEAR_RADII), 1]
+    own, products, squashed, blurs, candidates, near, bias = torch.split(weights, sizes)
+    clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
+    total: Tensor = ((products * decoded.hyper) @ upscaled.reshape(channels, -1)).view(height, width)
+    total.add_(own * logits).add_(squashed * torch.tanh(logits / 2.0)).add_(bias)
+    for weight, fraction in zip(blurs, BLUR_SIDES, strict=True):
+        total.add_(weight * box_mean(clipped, max(1, round(fraction * side) // 2)))
+    differences = _candidate_differences(decoded.candidates, clipped)
+    total.add_((candidates @ differences.flatten(1)).view(height, width))
+    for positive, part in zip((True, False), near.chunk(2), strict=True):
+        points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
+        if points:
+            distance = distance_to_points(points, height, width, device=logits.device) / side
+            for weight, radius in zip(part, NEAR_RADII, strict=True):
+                total.add_(weight * torch.exp(-distance / radius))
+    return total
+
+
 def distance_to_points(points: list[tuple[float, float]], height: int, width: int, *, device: torch.device) -> Tensor:
     """Distance in pixels from each pixel centre to the nearest (col, row) point: (height, width); inf if none."""
     if not points:

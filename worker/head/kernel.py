@@ -50,11 +50,24 @@ class ClickKernel:
     def features(self, decoded: Decoded) -> Tensor:
         """psi (k, h, w) float32 on any grid of the same image: psi(x) . psi(y) is the kernel within the anchors' span,
         with amplitude 1; a weight on each has the prior N(0, AMPLITUDE^2)."""
-        places = _coordinates(decoded)
-        correlation = _correlation(self.anchors, places.flatten(1).T)
-        whiten = torch.linalg.inv(self.root).float()
-        features: Tensor = (whiten @ correlation).view(-1, *places.shape[1:])
+        correlation = self._correlation_with(decoded)
+        features: Tensor = torch.tensordot(self._whiten, correlation, 1)
         return features
+
+    def weighted_features(self, decoded: Decoded, weights: Tensor) -> Tensor:
+        """(h, w): `features` times `weights` (k,), summed."""
+        summed: Tensor = torch.tensordot(weights @ self._whiten, self._correlation_with(decoded), 1)
+        return summed
+
+    @property
+    def _whiten(self) -> Tensor:
+        whiten: Tensor = torch.linalg.inv(self.root).float()
+        return whiten
+
+    def _correlation_with(self, decoded: Decoded) -> Tensor:
+        """(k, h, w): every cell's correlation with the clicks."""
+        places = _coordinates(decoded)
+        return _correlation(self.anchors, places.flatten(1).T).view(-1, *places.shape[1:])
 
 
 def click_cells(decoded: Decoded, prompts: Prompts) -> tuple[list[int], list[int]]:

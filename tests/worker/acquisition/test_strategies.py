@@ -13,7 +13,7 @@ from worker.acquisition.regions import regional
 from worker.acquisition.state import State
 from worker.acquisition.stopping import StoppingRule
 from worker.backbones import Backbone, build
-from worker.contract import Click, Prompts
+from worker.contract import Box, Click, Prompts
 from worker.decode import Decoded, decode
 from worker.embeddings import Embedding, encode
 from worker.head import predictive
@@ -64,6 +64,30 @@ def test_features_hold_sam(state: State) -> None:
     channels = [i for i, name in enumerate(names) if name.startswith("channel")]
     assert torch.allclose(state.features[channels].sum(0), state.coarse.logits, atol=1e-4)
     assert torch.equal(state.posterior.logit_mean(state.features), state.coarse.logits)
+
+
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS, Prompts(clicks=PROMPTS.clicks[:1]), Prompts(box=Box(x0=9, y0=9, x1=80, y1=70))]
+)
+def test_the_heads_mask_is_the_sum_of_its_features(backbone: Backbone, embedding: Embedding, prompts: Prompts) -> None:
+    """`head_logits` never holds the features that it sums, at a resolution above that of the proposals."""
+    decoded = decode(backbone, embedding, prompts)
+    names = feature_names(decoded.upscaled.shape[0])
+    weights = torch.randn(len(names), generator=torch.Generator().manual_seed(3))
+    posterior = replace(sam_centred(names), mean=weights)
+    grid = coarse(decoded)
+    allowed, features = allowed_pixels(grid, prompts), pixel_features(grid, prompts)
+    state = State(
+        decoded=decoded, coarse=grid, prompts=prompts, features=features, posterior=posterior, allowed=allowed
+    )
+    plain = pixel_features(decoded, prompts).double()
+    expected = torch.tensordot(state.conditioned.mean[: len(names)].double(), plain, 1)
+    if prompts.clicks:
+        kernel = state.kernel.features(decoded).double()
+        expected += torch.tensordot(state.conditioned.mean[len(names) :].double(), kernel, 1)
+    found = state.head_logits()
+    assert found.shape == decoded.logits.shape
+    assert torch.allclose(found.double(), expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
 def test_near_features_peak_at_their_clicks(state: State) -> None:
