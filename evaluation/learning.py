@@ -73,7 +73,7 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
     report = report or _Reporter(job.project, current)
     learnt, held_out = split(job)
     backbone, before = current.backbone, current.proposer_of(job.project)
-    give_way_within(backbone.sam.image_encoder)
+    give_way_within(backbone.encoder)
     skipped: dict[str, str] = {}
 
     def sessions(objects: Sequence[LabelledObject], stage: str) -> Iterator[tuple[str, Session]]:

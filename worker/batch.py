@@ -85,7 +85,7 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     its `PrelabelFailure`.
     """
     backbone, _ = current.backbone, current.proposer
-    give_way_within(backbone.sam.image_encoder)
+    give_way_within(backbone.encoder)
     lanes = _lanes(backbone)
     threads = 1 if lanes else max(1, torch.get_num_threads() // 2)
     behind = max(FINISH_BEHIND, 2 * lanes)

@@ -81,7 +81,7 @@ def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_
     with torch.inference_mode():
         pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
         with running_in(backbone.precision, backbone.device):
-            features = backbone.sam.image_encoder(backbone.sam.preprocess(pixels))
+            features = backbone.encoder(backbone.sam.preprocess(pixels))
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
     features = features.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
     height, width = resized.shape[:2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worker.backbones.checkpoints import Checkpoint, CheckpointError, checkpoint_path, file_sha256
 from worker.backbones.fast_attention import accelerate
 from worker.backbones.fast_decoder import FastDecoder
+from worker.backbones.fast_encoder import fast_encoder
 from worker.backbones.mobile_sam import build_mobile_sam
 from worker.backbones.tiny import build_tiny, load_tiny
 from worker.precision import encoder_precision
@@ -60,6 +61,11 @@ class Backbone:
         with torch.no_grad():
             encoding: Tensor = self.sam.prompt_encoder.get_dense_pe()
             return encoding
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The image encoder, quicker where that is possible."""
+        return fast_encoder(self.sam.image_encoder, self.device)
 
     @cached_property
     def decoder(self) -> FastDecoder:

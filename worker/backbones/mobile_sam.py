@@ -100,7 +100,8 @@ class WindowAttention(nn.Module):
         # One head's query, key and value lie side by side in the published projection.
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.heads, 3, dim // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
-        bias = self.attention_biases[:, self.attention_bias_idxs]
+        # Without the dimension of the batch PyTorch would not take its fused kernel on a processor.
+        bias = self.attention_biases[None, :, self.attention_bias_idxs]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))  # type: ignore[no-any-return]
 
