@@ -32,7 +32,7 @@ from worker.contract import (
 )
 from worker.decode import decode, decode_session
 from worker.embeddings import Embedding, encode
-from worker.fetch import LABEL_STUDIO_PATHS
+from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch
 from worker.masks import to_mask
 from worker.runtime import NotConfiguredError, Runtime, runtime

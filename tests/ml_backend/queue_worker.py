@@ -113,11 +113,11 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from worker import contract, rq_worker
+    from worker import contract, heartbeat, rq_worker
 
     logging.basicConfig(level=logging.INFO)
     install()
-    rq_worker.LOAD_AGAIN_S, rq_worker.HUNG_S = 0.2, 0.5
+    rq_worker.LOAD_AGAIN_S, heartbeat.HUNG_S = 0.2, 0.5
     rq_worker.work(
         contract.RuntimeOptions.model_validate({"data_dir": ".", "redis_url": sys.argv[1]}),
         name=sys.argv[2] if len(sys.argv) > 2 else None,

@@ -20,7 +20,7 @@ import pytest
 from pydantic import SecretStr
 
 from tests.worker.conftest import PICTURE, Server
-from worker import addresses, fetch
+from worker import addresses, fetch, local_images
 from worker.addresses import ImageError, is_public
 from worker.contract import ImageRef, RuntimeOptions
 
@@ -498,14 +498,14 @@ def test_a_folder_that_becomes_a_link_in_between_is_not_followed(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, outside = folders
-    open_beneath = fetch._open_beneath
+    open_beneath = local_images._open_beneath
 
     def bend(start: Path, real: Path) -> int:
         (root / "sub").rename(root / "moved")
         (root / "sub").symlink_to(outside)
         return open_beneath(start, real)
 
-    monkeypatch.setattr(fetch, "_open_beneath", bend)
+    monkeypatch.setattr(local_images, "_open_beneath", bend)
     assert refused(f"{root}/sub/a.png", options(local_roots=(root,))).status == 404
 
 
