@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from segment_anything import sam_model_registry
 from torch import Tensor
 
+from evaluation.bench.encoder_ways import Way, left_out, ways_of
 from evaluation.bench.setup import Bench, synchronise
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import decode
 from worker.embeddings import Embedding
 from worker.masks import to_mask
-from worker.precision import half_precision, running_in
+from worker.precision import encoder_precision
 
 OBJECTS = 8
 
 
 def measure(bench: Bench) -> dict[str, Any]:
     """`encoder`: by backbone and way seconds for an image, the speed beside float32 as published, the relative error
-    of the embedding, and the mean IoU of masks from one click."""
+    of the embedding, the mean IoU of masks from one click, and whether it is `chosen` for clicks; where it is compiled
+    or exported first `start_s`, seconds of that. For a way that cannot be had here `left_out`, the reason."""
     found: dict[str, Any] = {}
     for name in bench.backbones:
         bench.say(f"encoder: {name}")
         backbone = bench.build(name)
         side = backbone.image_size
         image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(backbone.device)
-        ways = _ways(bench, backbone)
+        chosen = encoder_precision(backbone.sam, backbone.device, "auto")
+        ways, missing, starts = _started(ways_of(backbone, chosen), image, bench)
         times: dict[str, list[float]] = {way: [] for way in ways}
         features: dict[str, Tensor] = {}
-        for turn in range(bench.count(*((5, 2) if name == "tiny" else (3, 1)))):
-            for way, run in ways.items():
+        for _ in range(bench.count(*((9, 2) if name == "tiny" else (3, 1)))):
+            for way, made in ways.items():
                 began = time.perf_counter()
                 with torch.inference_mode():
-                    features[way] = run(image).float()
+                    features[way] = made.run(image).float()
                 synchronise(backbone)
-                if turn or bench.quick:
-                    times[way].append(time.perf_counter() - began)
+                times[way].append(time.perf_counter() - began)
         reference = next(iter(ways))
         found[name] = {
             way: {
@@ -51,28 +51,42 @@ def measure(bench: Bench) -> dict[str, Any]:
                 ),
                 "relative_error": float(_error(features[way], features[reference])),
                 "mask_iou": round(_mask_iou(backbone, features[way], features[reference]), 5),
+                "chosen": made.chosen,
             }
-            for way in ways
-        }
+            | ({"start_s": round(starts[way], 2)} if made.slow_start else {})
+            for way, made in ways.items()
+        } | {way: {"left_out": why} for way, why in missing.items()}
     return {"encoder": found}
 
 
-def _ways(bench: Bench, backbone: Backbone) -> dict[str, Callable[[Tensor], Tensor]]:
-    ours = backbone.sam.image_encoder
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"float32": ours}
-    if backbone.name in sam_model_registry:
-        published = sam_model_registry[backbone.name]()
-        published.load_state_dict(backbone.sam.state_dict(), assign=True)
-        ways = {"float32 as published": published.eval().image_encoder, "float32, fused attention": ours}
-    low = half_precision(backbone.device) or torch.bfloat16
-
-    def halved(image: Tensor) -> Tensor:
-        with running_in(low, backbone.device):
-            features: Tensor = ours(image)
-            return features
-
-    ways[f"{str(low).removeprefix('torch.')}{', fused attention' if len(ways) > 1 else ''}"] = halved
-    return ways
+def _started(
+    ways: dict[str, Way], image: Tensor, bench: Bench
+) -> tuple[dict[str, Way], dict[str, str], dict[str, float]]:
+    """The ways that run here, each run once; why the others do not; and seconds that the making of each took, with what
+    its first image took more than its second."""
+    working: dict[str, Way] = {}
+    missing: dict[str, str] = {}
+    starts: dict[str, float] = {}
+    for name, way in ways.items():
+        if way.slow_start and bench.quick:
+            missing[name] = "it takes too long to start for a quick run"
+            continue
+        bench.say(f"encoder: {name}")
+        try:
+            began = time.perf_counter()
+            way.make()
+            made = time.perf_counter() - began
+            spent = []
+            for _ in range(2 if way.slow_start else 1):
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    way.run(image)
+                spent.append(time.perf_counter() - began)
+        except Exception as error:  # compilers, exporters and their packages each fail in their own way
+            missing[name] = left_out(error)
+            continue
+        working[name], starts[name] = way, made + max(0.0, spent[0] - spent[-1])
+    return working, missing, starts
 
 
 def _error(found: Tensor, reference: Tensor) -> Tensor:

@@ -169,12 +169,15 @@ def _cold(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _encoder(found: dict[str, Any]) -> Iterator[str]:
-    yield from _header("encoder", "s", "speed-up", "relative error", "IoU of masks")
+    yield from _header("encoder", "s", "speed-up", "relative error", "IoU of masks", "to start, s")
     for backbone, ways in found["encoder"].items():
         for way, one in ways.items():
-            yield _row(
-                f"`{backbone}`, {way}", one["seconds"], one["speed_up"], f"{one['relative_error']:.1e}", one["mask_iou"]
-            )
+            if "left_out" in one:
+                yield _row(f"`{backbone}`, {way}", f"left out: {one['left_out']}", "", "", "", "")
+                continue
+            name = f"`{backbone}`, **{way}** (in use)" if one.get("chosen") else f"`{backbone}`, {way}"
+            cells = one["seconds"], one["speed_up"], f"{one['relative_error']:.1e}", one["mask_iou"]
+            yield _row(name, *cells, one.get("start_s", "-"))
 
 
 def _memory(found: dict[str, Any]) -> Iterator[str]:
