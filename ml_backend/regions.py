@@ -37,7 +37,7 @@ def build(result: SegmentResult, session: Session, config: LabelingConfig, regio
     }
     if session.item_index is not None:
         common["item_index"] = session.item_index
-    value: dict[str, Any] = {"format": "rle", "rle": result.rle}
+    value: dict[str, Any] = {"format": "rle", "rle": list(result.rle)}
     if session.label is not None and config.mask.tag == "brushlabels":
         value["brushlabels"] = [session.label]
     regions = [

@@ -9,6 +9,8 @@ import redis
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from worker.contract import MASK_KEY
+
 Fields = Mapping[bytes, bytes]
 
 
@@ -36,6 +38,18 @@ def read_results(client: redis.Redis, job_ids: Iterable[str], block_ms: int) -> 
 def restore(client: redis.Redis, job_id: str, fields: Fields) -> Result:
     """What the fields say, as RQ's own type."""
     return Result.restore(job_id, "0-0", dict(fields), connection=client, serializer=JSONSerializer)
+
+
+def with_mask(client: redis.Redis, job_id: str, answer: Any) -> Any:
+    """What a job returned, with the mask that the worker has put beside it, if any, which is taken away; None where
+    that is gone. Raises redis.ConnectionError or redis.TimeoutError when Redis is away."""
+    if not isinstance(answer, dict) or answer.get("rle", "") is not None:
+        return answer
+    with client.pipeline(transaction=False) as pipe:
+        pipe.get(MASK_KEY + job_id)
+        pipe.delete(MASK_KEY + job_id)
+        rle, _ = pipe.execute()
+    return {**answer, "rle": rle.decode()} if isinstance(rle, bytes) else None
 
 
 def reason(result: Result) -> str:

@@ -38,7 +38,7 @@ from ml_backend.jobs import (
     worker_failed,
 )
 from ml_backend.rq_batch import RqBatch
-from ml_backend.rq_results import Fields, read_results, reason, restore, result_key
+from ml_backend.rq_results import Fields, read_results, reason, restore, result_key, with_mask
 from ml_backend.rq_training import RqTraining
 from worker import contract
 from worker.contract import (
@@ -277,7 +277,8 @@ class RqRunner:
         return next(iter(read_results(self._redis, job_ids, max(1, int(block_s * 1000)))), None)
 
     def _answer(self, job_id: str, fields: Fields) -> SegmentResult | None:
-        """What the result says; None if it is not a worker that speaks, but RQ's clean-up, and then it is dropped.
+        """What the result says; None, and the result is dropped, if it is not a worker that speaks, but RQ's clean-up,
+        or if Redis has lost the mask.
 
         RQ gives up jobs by the time of day, and a clock may be wrong. Who carries a job is known better here.
         """
@@ -285,12 +286,13 @@ class RqRunner:
             raise superseded()
         result = restore(self._redis, job_id, fields)
         if result.type == Result.Type.SUCCESSFUL:
-            return to_result(result.return_value)
-        why = reason(result)
-        if "AbandonedJobError" in why:
-            self._redis.delete(result_key(job_id))
-            return None
-        raise worker_failed(why, job_id)
+            answer = with_mask(self._redis, job_id, result.return_value)
+            if answer is not None:
+                return to_result(answer)
+        elif "AbandonedJobError" not in (why := reason(result)):
+            raise worker_failed(why, job_id)
+        self._redis.delete(result_key(job_id))
+        return None
 
     def _drop(self, job_id: str) -> None:
         """Take a job that nobody waits for any more out of the queue."""

@@ -26,6 +26,14 @@ HALF_COVERED = 128
 def encode(mask: NDArray[np.bool_]) -> list[int]:
     """RLE of `mask`, bool (height, width): bytes as ints, equal to those of the SDK's `mask2rle(mask * 255)`.
 
+    Raises as `encode_bytes`.
+    """
+    return list(encode_bytes(mask))
+
+
+def encode_bytes(mask: NDArray[np.bool_]) -> bytes:
+    """What `encode` returns, as bytes.
+
     Raises ValueError for another dtype or number of dimensions, for no pixels, and above 2**30 - 1 pixels.
     """
     if mask.ndim != 2 or mask.dtype != np.bool_:
@@ -56,7 +64,7 @@ def encode(mask: NDArray[np.bool_]) -> list[int]:
         header = header << 4 | (bits - 1)
     all_codes = np.concatenate(([header], codes)).astype(np.uint64)
     all_widths = np.concatenate(([HEADER_BITS], widths))
-    return list(_pack(all_codes, all_widths))
+    return _pack(all_codes, all_widths)
 
 
 def decode(rle: Sequence[int], height: int, width: int) -> NDArray[np.bool_]:

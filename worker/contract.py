@@ -34,6 +34,11 @@ WORKER_KEY = "bald-sam:worker:"
 JOBS_KEY = "bald-sam:jobs:"
 OUTCOMES = ("done", "refused", "failed")
 
+#: A mask of more characters than LARGE_MASK travels beside its answer, whose `rle` is null then: key + job id holds the
+#: base 64. In the answer RQ would put it into base 64 once more.
+MASK_KEY = "bald-sam:mask:"
+LARGE_MASK = 16_384
+
 #: Where the choice of heads is: a file in the data directory, and a key in Redis for workers on other machines; and a
 #: hash in Redis with the files of all heads.
 HEADS_IN_USE_FILE = "heads/in-use.json"
@@ -177,23 +182,26 @@ class Proposal(Message):
     strategy: str
 
 
-def _to_text(rle: list[int]) -> str:
-    return base64.b64encode(bytes(rle)).decode()
+def _to_text(rle: bytes) -> str:
+    return base64.b64encode(rle).decode()
 
 
-def _from_text(value: object) -> list[int]:
+def _from_text(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
-        return list(base64.b64decode(value, validate=True))
+        return base64.b64decode(value, validate=True)
     if isinstance(value, list | tuple):
         try:
-            return list(bytes(value))
+            return bytes(value)
         except TypeError as error:
             raise ValueError("a brush RLE holds integers from 0 to 255") from error
     raise ValueError("a brush RLE is a list of integers from 0 to 255, or these bytes in base 64")
 
 
-#: A brush RLE; in JSON it is base 64, which is written and read a hundred times faster than a list of numbers.
-Rle = Annotated[list[int], PlainValidator(_from_text), PlainSerializer(_to_text, return_type=str, when_used="json")]
+#: The bytes of a brush RLE, which may be given as integers too; in JSON it is base 64, which is written and read a
+#: hundred times faster than a list of numbers.
+Rle = Annotated[bytes, PlainValidator(_from_text), PlainSerializer(_to_text, return_type=str, when_used="json")]
 
 
 class SegmentResult(Message):

@@ -28,12 +28,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from worker.contract import (
-    JOB_FUNCTIONS,
-    Queue,
-    RuntimeOptions,
-    outcome_of,
-)
+from worker.contract import JOB_FUNCTIONS, LARGE_MASK, MASK_KEY, Queue, RuntimeOptions, outcome_of
 from worker.heartbeat import Heartbeat
 from worker.preemption import letting_through
 
@@ -74,7 +69,18 @@ class ModelJob(Job):
             self.outcome = ("failed", f"{type(error).__name__}; the worker's log has {self.id}.")
             raise
         self.outcome = outcome_of(answer)
-        return answer
+        return self._with_mask_beside(answer)
+
+    def _with_mask_beside(self, answer: Any) -> Any:
+        """The answer; a large mask of it is put into Redis by itself, see `contract.MASK_KEY`."""
+        rle = answer.get("rle") if isinstance(answer, dict) else None
+        if not isinstance(rle, str) or len(rle) <= LARGE_MASK or not self.result_ttl:
+            return answer
+        try:
+            self.connection.set(MASK_KEY + self.id, rle, ex=self.result_ttl)
+        except redis.RedisError:
+            return answer
+        return {**answer, "rle": None}
 
 
 class ModelWorker(SimpleWorker):

@@ -162,7 +162,7 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
     with timings.stage("mask"):
         mask = to_mask(logits, decoded.frame, prompts, (job.height, job.width))
     with timings.stage("rle"):
-        rle = brush_rle.encode(mask)
+        rle = brush_rle.encode_bytes(mask)
     return SegmentResult(
         width=job.width,
         height=job.height,

@@ -5,6 +5,7 @@ usage: queue_worker.py REDIS_URL [NAME]
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 def segment(job: dict[str, Any]) -> dict[str, Any]:
     """Session `sleep:2` sleeps, `hang` cannot be interrupted, `raise` raises, `fail` fails in words, `die` kills the
-    process, others just answer."""
+    process, `mask:100000` answers with so many bytes of a mask, others just answer."""
     verb, _, value = job["session"].partition(":")
     if verb == "sleep":
         time.sleep(float(value))
@@ -34,7 +35,7 @@ def segment(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "width": job["width"],
         "height": job["height"],
-        "rle": [1, 2, 3],
+        "rle": base64.b64encode(bytes(i % 251 for i in range(int(value) if verb == "mask" else 3))).decode(),
         "area": int(x),
         "predicted_iou": 0.5,
         "model_version": str(os.getpid()),

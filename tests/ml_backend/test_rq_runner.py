@@ -16,10 +16,12 @@ from rq import Queue as RqQueue
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
+from ml_backend import rq_runner
 from ml_backend.cli import main
 from ml_backend.jobs import JobFailed
+from ml_backend.rq_results import with_mask
 from ml_backend.rq_runner import RqRunner
-from worker.contract import Click, EmbedJob, ImageRef, Prompts, SegmentJob
+from worker.contract import LARGE_MASK, MASK_KEY, Click, EmbedJob, ImageRef, Prompts, SegmentJob
 
 SCRIPT = Path(__file__).with_name("queue_worker.py")
 ROOT = SCRIPT.parents[2]
@@ -108,6 +110,35 @@ def test_a_click_is_answered_and_hops_are_short(
     with capsys.disabled():
         sys.stdout.write(f"\nhop over RQ: p50 {times[60]:.1f} ms, p95 {times[114]:.1f} ms\n")
     assert runner.status()["queues"]["interactive"] == 0
+
+
+def test_a_large_mask_travels_beside_the_answer_and_is_taken_away(
+    runner: RqRunner, workers: Workers, redis_url: str
+) -> None:
+    workers.start()
+    ready(runner, 1)
+    with redis.Redis.from_url(redis_url) as client:
+        for count in (0, 3, LARGE_MASK, 400_000):
+            assert runner.segment(click(f"mask:{count}"), deadline_s=10).rle == bytes(i % 251 for i in range(count))
+            assert not list(client.scan_iter(MASK_KEY + "*"))
+
+
+def test_a_mask_that_redis_has_lost_is_made_again(
+    runner: RqRunner, workers: Workers, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers.start()
+    ready(runner, 1)
+    read: list[str] = []
+
+    def forgetful(client: redis.Redis, job_id: str, answer: Any) -> Any:
+        if not read:
+            assert client.delete(MASK_KEY + job_id)
+        read.append(job_id)
+        return with_mask(client, job_id, answer)
+
+    monkeypatch.setattr(rq_runner, "with_mask", forgetful)
+    assert len(runner.segment(click("mask:400000"), deadline_s=10).rle) == 400_000
+    assert [job_id[-2:] for job_id in read] == ["-1", "-2"]
 
 
 def test_failures_are_told_in_words(runner: RqRunner, workers: Workers) -> None:
