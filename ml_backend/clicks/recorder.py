@@ -38,6 +38,9 @@ QUEUE_SIZE = 10_000
 JOURNAL_EVERY_S = 0.2
 #: Events in one transaction.
 BATCH = 200
+#: Each connection to SQLite keeps so much of its file. A server writes for months: with more its memory would grow
+#: with each click until that is reached.
+CACHE_MB = 4
 #: Pause after the database did not answer: first and longest, seconds.
 RETRY_S = (0.5, 15.0)
 #: How often journals of dead processes are looked for.
@@ -71,7 +74,7 @@ class ClickLog:
         engine: Engine | None = None,
         recover: Callable[[Engine], Recovery] | None = None,
     ) -> None:
-        self.engine = engine or make_engine(url, data_dir)
+        self.engine = engine or make_engine(url, data_dir, cache_mb=CACHE_MB)
         self.counts = Counts()
         self._arms = arms or Arms({None: "show"})
         self._make_recovery = recover

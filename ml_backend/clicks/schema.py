@@ -8,6 +8,7 @@ field.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -211,9 +212,10 @@ recoveries = Table(
 )
 
 
-def make_engine(url: str | None, data_dir: Path) -> Engine:
+def make_engine(url: str | None, data_dir: Path, *, cache_mb: int = 64) -> Engine:
     """Engine of the click log: the URL's, or SQLite in `data_dir/clicks.sqlite`.
 
+    `cache_mb`: what each connection to SQLite keeps of the file at most, megabytes.
     Raises ValueError, in words, for a URL that SQLAlchemy cannot read or whose driver is not installed.
     """
     if url is None:
@@ -235,7 +237,7 @@ def make_engine(url: str | None, data_dir: Path) -> Engine:
             f"BALD_SAM_CLICKS_URL is not a database URL such as postgresql://user@host/name: {error}"
         ) from error
     if sqlite:
-        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "connect", partial(_configure_sqlite, cache_mb))
     return engine
 
 
@@ -263,7 +265,7 @@ def migrate(engine: Engine, revision: str = "head") -> None:
         connection.commit()
 
 
-def _configure_sqlite(connection: Any, _record: Any) -> None:
+def _configure_sqlite(cache_mb: int, connection: Any, _record: Any) -> None:
     # WAL: reports read while clicks are written. FULL: a journal segment is deleted only when its rows are on the disk.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"cache_size={-1024 * cache_mb}"):
         connection.execute(f"PRAGMA {pragma}")

@@ -53,6 +53,14 @@ def test_answers_and_webhooks_arrive(log, data_dir):
     assert list((data_dir / "clicks-journal").iterdir()) == [], "what is in the database is not kept twice"
 
 
+def test_a_server_keeps_little_of_the_database_in_memory(log):
+    """More would be filled with each click, and look like a leak."""
+    assert log.flush()
+    with log.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA cache_size").scalar() == -1024 * recorder.CACHE_MB
+        assert recorder.CACHE_MB <= 8
+
+
 def test_an_answer_waits_for_nothing(log):
     """The median cost of logging a click with a large mask, while clicks are written."""
     click = answer([("a", 60.0, 40.0)])
