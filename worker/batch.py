@@ -55,8 +55,9 @@ READERS = 2
 FINISH_BEHIND = 4
 #: Encoders of fewer parameters than this are small.
 SMALL_ENCODER = 5_000_000
-#: Images that are seen through at the same time: more wait for Python's lock.
-MAX_LANES = 8
+#: Images that are seen through at the same time: two at least, as one leaves the processor now and then, and no more
+#: than can go on without Python's lock.
+MIN_LANES, MAX_LANES = 2, 8
 #: Single clicks that are decoded in one pass.
 DECODE_BATCH = 16
 
@@ -113,7 +114,7 @@ def _lanes(backbone: Backbone) -> int:
     """How many images are seen through at the same time, each by one thread; 0: the encoder runs on the caller's."""
     encoder = backbone.sam.image_encoder
     small = backbone.device.type == "cpu" and sum(one.numel() for one in encoder.parameters()) < SMALL_ENCODER
-    return min(torch.get_num_threads(), MAX_LANES) if small else 0
+    return min(max(torch.get_num_threads(), MIN_LANES), MAX_LANES) if small else 0
 
 
 @dataclass(frozen=True)
