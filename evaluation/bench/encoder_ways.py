@@ -5,7 +5,6 @@ The published code comes first; all others are compared with it.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
 from worker.backbones import Backbone
+from worker.backbones.fast_encoder import fast_encoder
 from worker.precision import half_precision, running_in
 
 Run = Callable[[Tensor], Tensor]
@@ -40,15 +40,18 @@ def ways_of(backbone: Backbone, chosen: torch.dtype | None) -> dict[str, Way]:
     """The ways by name; `chosen`: the number type of the encoder for clicks, None for float32."""
     vit = backbone.name in sam_model_registry
     ours = backbone.encoder
-    how = "fused attention" if vit else "norms folded, channels-last" if ours is not backbone.sam.image_encoder else ""
+    how = "norms folded, channels-last" if ours is not backbone.sam.image_encoder else ""
+    if vit:
+        how = "fused attention" + (", channels-last" if backbone.device.type == "cpu" else "")
     low = half_precision(backbone.device) or torch.bfloat16
     best = f"{_name(chosen)}, {how}".rstrip(", ")
 
-    def published() -> Run:
+    def published() -> nn.Module:
         if not vit:
             return backbone.sam.image_encoder  # type: ignore[no-any-return]
         sam = sam_model_registry[backbone.name]()
-        sam.load_state_dict(backbone.sam.state_dict(), assign=True)
+        weights = {name: value.contiguous() for name, value in backbone.sam.state_dict().items()}
+        sam.load_state_dict(weights, assign=True)
         return sam.eval().image_encoder  # type: ignore[no-any-return]
 
     def in_type(encoder: Run, dtype: torch.dtype | None) -> Run:
@@ -59,10 +62,10 @@ def ways_of(backbone: Backbone, chosen: torch.dtype | None) -> dict[str, Way]:
         return run
 
     ways = {"float32 as published": Way(published, chosen=not how and chosen is None)}
+    if vit and backbone.device.type == "cpu":
+        ways["float32, channels-last"] = Way(lambda: fast_encoder(published(), backbone.device))
     if how:
         ways[f"float32, {how}"] = Way(lambda: ours, chosen=chosen is None)
-    if vit:
-        ways[f"float32, {how}, channels-last"] = Way(lambda: _channels_last(ours))
     ways[f"{_name(low)}, {how}".rstrip(", ")] = Way(lambda: in_type(ours, low), chosen=chosen is low)
     if vit:
         ways[f"int8 linear layers, {how}"] = Way(lambda: _quantised(ours, backbone.device))
@@ -85,11 +88,6 @@ def _name(dtype: torch.dtype | None) -> str:
 
 def _not_made(_: Tensor) -> Tensor:
     raise RuntimeError("The way was not made.")
-
-
-def _channels_last(encoder: nn.Module) -> Run:
-    copied: Any = copy.deepcopy(encoder)
-    return copied.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
 
 def _quantised(encoder: nn.Module, device: torch.device) -> Run:

@@ -42,9 +42,20 @@ def test_it_says_what_the_encoder_says(name: str) -> None:
     torch.testing.assert_close(dict(encoder.state_dict()), before, rtol=0, atol=0)
 
 
-def test_encoders_without_batch_norms_and_other_devices_stay_as_they_are() -> None:
-    vit = ImageEncoderViT(img_size=32, embed_dim=16, depth=1, num_heads=2, out_chans=8)
-    assert fast_encoder(vit, CPU) is vit
+def test_a_vit_keeps_its_values_and_has_the_channels_last() -> None:
+    torch.manual_seed(0)
+    vit = ImageEncoderViT(img_size=32, embed_dim=16, depth=2, num_heads=2, out_chans=8).eval()
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    image = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = vit(image)
+        assert fast_encoder(vit, CPU) is vit
+        torch.testing.assert_close(vit(image), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert vit.patch_embed(image).is_contiguous()
+    torch.testing.assert_close(dict(vit.state_dict()), before, rtol=0, atol=0)
+
+
+def test_on_other_devices_all_stay_as_they_are() -> None:
     tiny = _encoders()["tiny"]
     assert fast_encoder(tiny, torch.device("cuda")) is tiny
 
