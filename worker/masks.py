@@ -17,7 +17,6 @@ from worker.contract import Click, Prompts
 from worker.decode import Frame
 
 Mask = npt.NDArray[np.bool_]
-Weights = npt.NDArray[np.float32]
 
 #: Specks and holes below this many low-resolution cells, or this share of the mask, are not the annotator's intention.
 SPECK_CELLS = 8
@@ -70,7 +69,8 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
 
     Bilinear interpolation is separable, so columns are interpolated first, and rows are sums of a few of the results:
     a small matrix product for each band of rows. An interpolated value has the sign of the values it lies between
-    where these agree, so on a CPU only the columns of a band in which both signs occur are computed.
+    where these agree, so on a CPU only the columns of a band in which both signs occur are computed. By PyTorch:
+    NumPy's threads would go on spinning after each product, and take a core from the encoder.
     """
     wide = _resize_last_axis(logits, frame.image_size, frame.input_size[1], size[1])
     shape = (frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0])
@@ -92,7 +92,8 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
             if kind[left] == 2:
                 mask[top:bottom, left:right] = True
             elif kind[left] == 1:
-                np.greater(weights @ values[low:high, left:right], 0, out=mask[top:bottom, left:right])
+                product = torch.mm(weights, wide[low:high, left:right]).numpy()
+                np.greater(product, 0, out=mask[top:bottom, left:right])
     return mask
 
 
@@ -110,14 +111,14 @@ def _row_weights(lowres: int, image_size: int, input_length: int, length: int, d
 
 
 @lru_cache(maxsize=16)
-def _row_bands(lowres: int, image_size: int, input_length: int, length: int) -> list[tuple[int, int, int, Weights]]:
+def _row_bands(lowres: int, image_size: int, input_length: int, length: int) -> list[tuple[int, int, int, Tensor]]:
     """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
     weights = _row_weights(lowres, image_size, input_length, length, torch.device("cpu")).numpy()
     bands = []
     for top, bottom in pairwise([*range(0, length, BAND), length]):
         used = np.flatnonzero(weights[top:bottom].any(axis=0))
         low, high = int(used[0]), int(used[-1]) + 1
-        bands.append((top, bottom, low, np.ascontiguousarray(weights[top:bottom, low:high])))
+        bands.append((top, bottom, low, torch.from_numpy(np.ascontiguousarray(weights[top:bottom, low:high]))))
     return bands
 
 
