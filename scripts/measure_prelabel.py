@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import worker  # isort: skip  # noqa: F401 - before PyTorch: it says how PyTorch's threads wait, as in bald-sam itself
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -143,7 +144,7 @@ def served(folder: Path, backbone: str, redis: bool) -> Iterator[Runner]:
         "BALD_SAM_CHECKPOINT": str(chosen.checkpoint or ""),
         "BALD_SAM_LOCAL_ROOTS": str(folder),
     }
-    worker = subprocess.Popen(
+    worker_process = subprocess.Popen(
         [sys.executable, "-m", "ml_backend.cli", "worker", "--redis-url", url],
         env=environment,
         stderr=subprocess.DEVNULL,
@@ -155,7 +156,7 @@ def served(folder: Path, backbone: str, redis: bool) -> Iterator[Runner]:
         yield runner
         runner.close()
     finally:
-        for process in (worker, server):
+        for process in (worker_process, server):
             process.terminate()
             process.wait(30)
 
