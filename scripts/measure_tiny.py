@@ -75,7 +75,7 @@ def speed(rounds: int) -> None:
 
 
 def main() -> None:
-    """Print one row for each data set and one for their mean."""
+    """Print one row for each data set, one for their mean, and one for all objects whatever their set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*")
     parser.add_argument("--weights", type=Path, default=SHIPPED)
@@ -93,15 +93,19 @@ def main() -> None:
     shown = [click for click in (1, 2, 3, 5, 10, 15) if click <= options.clicks]
     print("| set | objects | " + " | ".join(f"click {c}" for c in shown) + " | last minus best | Spearman |")
     print("|---" * (len(shown) + 4) + "|")
-    curves = []
+    curves, every = [], []
     for folder in options.folders:
         measured = [click_through(predictor, p, options.clicks) for p in subset(read_pairs(folder), options.limit)]
         true, predicted = (np.stack(values) for values in zip(*measured, strict=True))
+        every.append((true, predicted))
         curves.append((folder.name, len(true), true.mean(0), spearmanr(true.ravel(), predicted.ravel()).statistic))
         print(_row(*curves[-1], shown), flush=True)
     total = sum(count for _, count, _, _ in curves)
     curve, rank = np.mean([c for _, _, c, _ in curves], 0), float(np.mean([r for *_, r in curves]))
     print(_row("**mean of sets**", total, curve, rank, shown))
+    true, predicted = (np.concatenate(values) for values in zip(*every, strict=True))
+    rank = float(spearmanr(true.ravel(), predicted.ravel()).statistic)
+    print(_row("all objects as one set", total, true.mean(0), rank, shown))
 
 
 def _row(name: str, count: int, curve: NDArray[np.float64], rank: float, shown: list[int]) -> str:
