@@ -8,6 +8,7 @@ re-weighted SAM heads, and each logit f(x) = <w, phi(x)> is Gaussian.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -78,43 +79,43 @@ def pixel_features(decoded: Decoded, prompts: Prompts) -> Tensor:
     confident edge; `blur_i`: mean of the clipped logit around the pixel; `candidate_k`: how much the k-th multimask
     candidate (small to large) differs from the mask; `near_*`: exp(-d / r) to the nearest such click, 0 without one.
     """
-    logits, upscaled = decoded.logits, decoded.upscaled
-    height, width = logits.shape
-    side = float(max(height, width))
-    clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
-    parts = [logits[None], decoded.hyper[:, None, None] * upscaled, torch.tanh(logits / 2.0)[None]]
-    parts += [box_mean(clipped, max(1, round(fraction * side) // 2))[None] for fraction in BLUR_SIDES]
-    parts.append(_candidate_differences(decoded.candidates, clipped))
-    for positive in (True, False):
-        points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
-        distance = distance_to_points(points, height, width, device=logits.device) / side
-        parts += [torch.exp(-distance / radius)[None] for radius in NEAR_RADII]
-    parts.append(torch.ones_like(logits)[None])
-    return torch.cat(parts).float()
+    groups = _groups(decoded, prompts)
+    return torch.cat([group if scale is None else scale[:, None, None] * group for group, scale in groups]).float()
 
 
 def weighted_features(decoded: Decoded, prompts: Prompts, weights: Tensor) -> Tensor:
-    """(h, w): the features of `pixel_features` times `weights` (d,), summed, without ever holding them: a third of the
+    """(h, w): the features of `pixel_features` times `weights` (d,), summed, without ever holding all of them: less
     time where only this sum is asked for."""
-    logits, upscaled = decoded.logits, decoded.upscaled
-    height, width = logits.shape
-    channels, side = len(upscaled), float(max(height, width))
-    sizes = [1, channels, 1, len(BLUR_SIDES), CANDIDATES, 2 * len(NEAR_RADII), 1]
-    own, products, squashed, blurs, candidates, near, bias = torch.split(weights, sizes)
-    clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
-    total: Tensor = ((products * decoded.hyper) @ upscaled.reshape(channels, -1)).view(height, width)
-    total.add_(own * logits).add_(squashed * torch.tanh(logits / 2.0)).add_(bias)
-    for weight, fraction in zip(blurs, BLUR_SIDES, strict=True):
-        total.add_(weight * box_mean(clipped, max(1, round(fraction * side) // 2)))
-    differences = _candidate_differences(decoded.candidates, clipped)
-    total.add_((candidates @ differences.flatten(1)).view(height, width))
-    for positive, part in zip((True, False), near.chunk(2), strict=True):
-        points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
-        if points:
-            distance = distance_to_points(points, height, width, device=logits.device) / side
-            for weight, radius in zip(part, NEAR_RADII, strict=True):
-                total.add_(weight * torch.exp(-distance / radius))
+    total, start = torch.zeros_like(decoded.logits), 0
+    for group, scale in _groups(decoded, prompts):
+        own = weights[start : start + len(group)]
+        own = own if scale is None else own * scale
+        total += group[0] * own if len(group) == 1 else torch.tensordot(own, group, 1)
+        start += len(group)
     return total
+
+
+def _groups(decoded: Decoded, prompts: Prompts) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The features, (n, h, w) at a time, and what they are still to be multiplied by, (n,), if anything."""
+    logits = decoded.logits
+    height, width = logits.shape
+    side = float(max(height, width))
+    clipped = logits.clamp(-LOGIT_CLIP, LOGIT_CLIP)
+    yield logits[None], None
+    yield decoded.upscaled, decoded.hyper
+    yield torch.tanh(logits / 2.0)[None], None
+    for fraction in BLUR_SIDES:
+        yield box_mean(clipped, max(1, round(fraction * side) // 2))[None], None
+    yield _candidate_differences(decoded.candidates, clipped), None
+    for positive in (True, False):
+        points = [decoded.frame.to_lowres(c.x, c.y) for c in prompts.clicks if c.positive == positive]
+        if not points:
+            yield logits.new_zeros(len(NEAR_RADII), height, width), None
+            continue
+        distance = distance_to_points(points, height, width, device=logits.device) / side
+        for radius in NEAR_RADII:
+            yield torch.exp(-distance / radius)[None], None
+    yield torch.ones_like(logits)[None], None
 
 
 def distance_to_points(points: list[tuple[float, float]], height: int, width: int, *, device: torch.device) -> Tensor:
