@@ -76,8 +76,7 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
     shape = (frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0])
     if logits.device.type != "cpu":
         return _to_host(_row_weights(*shape, logits.device) @ wide > 0)
-    values = wide.numpy()
-    positive = values > 0
+    positive = (wide > 0).numpy()
     mask = np.zeros(size, np.bool_)
     for top, bottom, low, weights in _row_bands(*shape):
         high = low + weights.shape[1]
@@ -113,12 +112,12 @@ def _row_weights(lowres: int, image_size: int, input_length: int, length: int, d
 @lru_cache(maxsize=16)
 def _row_bands(lowres: int, image_size: int, input_length: int, length: int) -> list[tuple[int, int, int, Tensor]]:
     """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
-    weights = _row_weights(lowres, image_size, input_length, length, torch.device("cpu")).numpy()
+    weights = _row_weights(lowres, image_size, input_length, length, torch.device("cpu"))
     bands = []
     for top, bottom in pairwise([*range(0, length, BAND), length]):
-        used = np.flatnonzero(weights[top:bottom].any(axis=0))
+        used = np.flatnonzero(weights[top:bottom].any(dim=0))
         low, high = int(used[0]), int(used[-1]) + 1
-        bands.append((top, bottom, low, torch.from_numpy(np.ascontiguousarray(weights[top:bottom, low:high]))))
+        bands.append((top, bottom, low, weights[top:bottom, low:high].contiguous()))
     return bands
 
 
