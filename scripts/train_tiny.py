@@ -3,7 +3,11 @@
     python scripts/train_tiny.py --data POOL --teacher resnet50v2_c4.safetensors --minutes 95
 
 Started again after a kill, the same command goes on from its last checkpoint. `--steps` instead of `--minutes` makes
-the run a function of its seed alone. Without `--data` it learns from drawn scenes only, without `--teacher` from masks.
+the run a function of its seed alone. On two cores, two processes of one thread each are twice as fast as one:
+
+    python -m torch.distributed.run --nproc-per-node 2 -- scripts/train_tiny.py --threads 1 ...
+
+Without `--data` it learns from drawn scenes only, without `--teacher` from masks.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 
 import cv2
 import torch
+from tiny import parallel
 from tiny.curve import plot_curve
 from tiny.pool import Pool, pack
 from tiny.teacher import precompute
@@ -65,15 +70,19 @@ def main() -> int:
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, folder = torch.device(name), options.folder
     try:
-        if not (folder / "pool.json").exists():
+        parallel.join()
+        if not parallel.rank() and not (folder / "pool.json").exists():
             print("packing the pool", flush=True)
             pack(options.data, folder, config["pool"])
-        if options.teacher and not (folder / "teacher.json").exists():
+        if not parallel.rank() and options.teacher and not (folder / "teacher.json").exists():
             precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
                        config["teacher"]["long_side"], device)  # fmt: skip
+        parallel.first_says(0.0)  # the others wait for what the first prepares
         run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start)
         if not options.export_only:
             run.train(workers=options.workers, say=lambda text: print(text, flush=True))
+        if parallel.rank():
+            return 0
         run.export(options.out)
         if options.curve:
             plot_curve(folder / "log.jsonl", options.curve)

@@ -74,9 +74,9 @@ def plan(rng: np.random.Generator) -> list[bool]:
 
 
 def session_loss(
-    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, *, box_share: float
+    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, learnt: list[bool], *, box_share: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one simulated session per object, and what to log.
+    """Loss of one simulated session per object, of which `learnt` (see `plan`) says what counts, and what to log.
 
     `embeddings` N x C x h x w (repeated per object), `truths` bool N x 4h x 4w.
     """
@@ -84,7 +84,6 @@ def session_loss(
     known = truths.cpu().numpy()
     target = truths[:, None].float()
     prompts = Prompts.start(known, rng, box_share=box_share)
-    learnt = plan(rng)
     total = embeddings.new_zeros((), dtype=torch.float32)
     log: dict[str, float] = {}
     previous: Tensor | None = None

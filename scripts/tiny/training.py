@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tiny import parallel
 from tiny.pool import Pool
 from tiny.samples import Samples
-from tiny.session import normalise, session_loss
+from tiny.session import normalise, plan, session_loss
 from tiny.teacher import TeacherFeatures
 from tiny.validation import validate
 from tiny.warmup import warm_up
@@ -32,7 +33,8 @@ class Run:
 
     The schedule is a function of progress (0 to 1): steps taken of `steps`, or computing time of `minutes`. With
     `steps` a run that was killed and started again does exactly what it would have done; with `minutes` it ends on
-    time, fully annealed, whatever else the machine was doing.
+    time, fully annealed, whatever else the machine was doing. Of several processes (tiny.parallel) each learns from
+    `batch` images of its own; the first keeps the time, the log and the checkpoint.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class Run:
                 groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99))
         self.step, self.elapsed = 0, 0.0
-        if self.checkpoint.exists():
+        found = bool(parallel.first_says(self.checkpoint.exists()))  # before the first process writes one
+        if found:
             self._resume()
         else:
             if start is not None:
@@ -91,11 +94,16 @@ class Run:
         return min(self.elapsed / (60 * self.minutes), 1.0)
 
     def _start_from(self, path: Path) -> None:
-        """Go on from the weights that an earlier run of this project exported. Raises ValueError if they do not fit."""
-        earlier = load_tiny(path)
-        if {**earlier.tiny_config, "img_size": 0} != {**self.sam.tiny_config, "img_size": 0}:
+        """Go on from the weights that an earlier run of this project exported.
+
+        Its encoder may have had fewer blocks at a stride: a new block starts as its shortcut, so that the larger model
+        starts as the same function. Raises ValueError if the weights do not fit.
+        """
+        earlier, mine = load_tiny(path), self.sam.tiny_config
+        grown = all(old <= new for old, new in zip(earlier.tiny_config["blocks"], mine["blocks"], strict=True))
+        if not grown or {**earlier.tiny_config, "img_size": 0, "blocks": 0} != {**mine, "img_size": 0, "blocks": 0}:
             raise ValueError(f"{path} has other sizes than [model] of the configuration; start anew or change those.")
-        self.sam.load_state_dict(earlier.state_dict())
+        self.sam.load_state_dict(self.sam.state_dict() | earlier.state_dict())
 
     def _stage(self) -> int:
         stages = self.config["stages"]
@@ -116,6 +124,8 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint; a kill in the middle leaves the one before."""
+        if parallel.rank():
+            return
         state = {
             "sam": self.sam.state_dict(),
             "average": self.average.state_dict(),
@@ -144,7 +154,7 @@ class Run:
         loader = DataLoader(
             samples,
             batch_size=batch,
-            sampler=range(self.step * batch, len(samples)),
+            sampler=range(self.step * batch * parallel.world() + parallel.rank(), len(samples), parallel.world()),
             num_workers=workers,
             prefetch_factor=6 if workers else None,
             worker_init_fn=_start_worker,
@@ -168,7 +178,9 @@ class Run:
         return factor
 
     def _learn(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        settings, rng = self.config["train"], np.random.default_rng((self.config["seed"], 77, self.step))
+        settings, seed = self.config["train"], self.config["seed"]
+        learnt = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
+        rng = np.random.default_rng((seed, 77, self.step, parallel.rank()))
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         # The encoder is half the time in bf16 on a CPU too; the decoder's small products gain nothing there.
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -176,7 +188,7 @@ class Run:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             repeated = embeddings.float().repeat_interleave(settings["objects"], 0)
             loss, log = session_loss(
-                self.sam, repeated, batch["masks"].flatten(0, 1), rng, box_share=settings["box_share"]
+                self.sam, repeated, batch["masks"].flatten(0, 1), rng, learnt, box_share=settings["box_share"]
             )
             if self.teacher is not None:
                 distance = F.smooth_l1_loss(
@@ -189,6 +201,7 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        parallel.average(p.grad for p in parameters if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(parameters, settings["clip"])
         if torch.isfinite(norm):
             self.optimiser.step()
@@ -205,11 +218,10 @@ class Run:
     def train(self, *, workers: int = 1, say: Any = print) -> None:
         """Train to the end of the schedule, saving and validating on the way."""
         settings = self.config["train"]
-        saved = validated = time.monotonic()
+        clock = saved = validated = time.monotonic()
         stage, batches, recent = -1, iter(()), []
         with (self.folder / "log.jsonl").open("a") as log:
             while self.progress < 1:
-                began = time.monotonic()
                 if self._stage() != stage:
                     stage = self._stage()
                     size = self.config["stages"][stage]["size"]
@@ -222,7 +234,11 @@ class Run:
                 recent.append(self._learn(next(batches)))
                 self.step += 1
                 now = time.monotonic()
-                due = now - saved > 60 * settings["checkpoint_minutes"]
+                due, took, clock = now - saved > 60 * settings["checkpoint_minutes"], now - clock, now
+                self.elapsed = parallel.first_says(self.elapsed + took)
+                if parallel.rank():
+                    recent.clear()
+                    continue
                 if len(recent) == 20 or self.progress >= 1:
                     means = {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in recent[-1]}
                     record = {
@@ -235,20 +251,15 @@ class Run:
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     left = (1 - self.progress) / max(self.progress, 1e-6) * self.elapsed / 60
-                    say(
-                        f"step {self.step}  {self.progress:.1%}  {left:.0f} min left  {now - began:.2f} s/step  {means}"
-                    )
+                    say(f"step {self.step}  {self.progress:.1%}  {left:.0f} min left  {took:.2f} s/step  {means}")
                     recent = []
-                self.elapsed += time.monotonic() - began
                 if now - validated > 60 * settings["validate_minutes"] or self.progress >= 1:
-                    began = time.monotonic()
                     measured = {"step": self.step, "minutes": round(self.elapsed / 60, 2)}
                     measured |= {"validation": validate(self.average.eval(), samples)}
                     log.write(json.dumps(measured) + "\n")
                     log.flush()
                     say(f"validation at step {self.step}: {measured['validation']}")
                     validated = time.monotonic()
-                    self.elapsed += validated - began
                 if due or self.progress >= 1:
                     self.save()
                     saved = time.monotonic()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from worker.backbones.tiny import build_tiny, load_tiny
+from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONFIG = """
@@ -138,11 +141,13 @@ def test_a_correction_lies_in_the_larger_error_and_says_which_it_is() -> None:
     assert not truth[y, x]
 
 
-def _start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def _start(folder: Path, *more: str, processes: int = 1) -> subprocess.Popen[str]:
     (folder / "config.toml").write_text(CONFIG)
+    several = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--") if processes > 1 else ()
     command = [
         *(
             sys.executable,
+            *several,
             str(SCRIPTS / "train_tiny.py"),
             "--config",
             str(folder / "config.toml"),
@@ -180,6 +185,77 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
     assert load_tiny(killed / "out.safetensors").image_encoder.img_size == 96
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_larger_encoder_starts_as_the_same_function(tmp_path: Path) -> None:
+    training = importlib.import_module("tiny.training")
+    pool = importlib.import_module("tiny.pool")
+    config = tomllib.loads(CONFIG)
+    pool.pack(None, tmp_path, config["pool"])
+    torch.manual_seed(3)
+    small = build_tiny(64, **config["model"])
+    for module in small.modules():  # so that its blocks are more than their shortcuts
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    save_tiny(small, tmp_path / "small.safetensors")
+
+    def started(blocks: list[int]) -> Any:
+        larger = {**config, "model": {**config["model"], "blocks": blocks}}
+        (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
+        start = tmp_path / "small.safetensors"
+        return training.Run(larger, tmp_path, device=torch.device("cpu"), steps=1, minutes=None, start=start)
+
+    large = started([1, 2, 3, 1]).sam.eval()
+    assert large.tiny_config["blocks"] == [1, 2, 3, 1]
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            large.image_encoder(image), load_tiny(tmp_path / "small.safetensors").image_encoder(image)
+        )
+    with pytest.raises(ValueError, match="other sizes"):
+        started([0, 1, 1, 1])
+
+
+def _average_in(rank: int, meeting: str, into: str) -> None:
+    sys.path.insert(0, str(SCRIPTS))
+    parallel = importlib.import_module("tiny.parallel")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    tensors = [torch.full((2, 3), float(rank)), torch.tensor([10.0 * rank, 4.0])]
+    parallel.average(tensors)
+    torch.save([*tensors, torch.tensor(parallel.first_says(7.0 + rank))], f"{into}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_take_the_mean_of_what_they_found_and_the_first_ones_word(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_average_in, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        matrix, vector, said = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(matrix, torch.full((2, 3), 0.5))
+        torch.testing.assert_close(vector, torch.tensor([5.0, 4.0]))
+        assert said == 7.0
+
+
+def test_two_processes_train_as_one_run(tmp_path: Path) -> None:
+    exported = []
+    for name in ("once", "again"):
+        folder = tmp_path / name
+        folder.mkdir()
+        run = _start(folder, "--steps", "3", processes=2)
+        said = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, said
+        assert said.count("wrote ") == 1
+        assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [3, 3]
+        exported.append(load_file(folder / "out.safetensors"))
+    for key, value in exported[0].items():
+        torch.testing.assert_close(exported[1][key], value, rtol=0, atol=0)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    run = _start(alone, "--steps", "3")
+    said = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, said
+    different = load_file(alone / "out.safetensors")
+    assert any(not torch.equal(different[key], value) for key, value in exported[0].items())
 
 
 def test_going_on_with_another_configuration_is_refused(tmp_path: Path) -> None:
