@@ -25,6 +25,7 @@ from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.embedding_folder import EmbeddingFolder
 from worker.precision import running_in
+from worker.preemption import until_computed
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,10 @@ def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_
             features = backbone.encoder(backbone.sam.preprocess(pixels))
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
     features = features.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
+    colours = _colours(pixels, backbone.image_size, features)
+    until_computed(backbone.device)  # clicks read it on a stream of their own
     height, width = resized.shape[:2]
-    return Embedding(features, _colours(pixels, backbone.image_size, features), original_size, (height, width))
+    return Embedding(features, colours, original_size, (height, width))
 
 
 def _colours(pixels: Tensor, side: int, features: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 There is one model in a process and one thread that runs it. A click must not wait until an image of a batch is encoded,
 so whoever runs a batch job says what to do about clicks (`letting_through`), and the batch job calls `give_way` between
 two layers of the encoder, and while it waits. The click is answered there and then, on the same thread; other threads
-of the job `stand_by`.
+of the job `stand_by`. A GPU has the layers of the whole image queued by then: there the click's kernels have a stream
+of their own, and go before.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 #: Asking may cost a request to Redis: not more often than this, seconds.
@@ -25,6 +28,8 @@ ASK_EVERY_S = 0.005
 #: Niceness of threads that work beside the model: a quarter of a core where the model wants all of them.
 BESIDE_NICENESS = 5
 
+#: Between two looks at a GPU that computes, seconds.
+LOOK_EVERY_S = 0.0002
 #: Nobody stands by for longer, seconds.
 STAND_BY_LIMIT_S = 60.0
 
@@ -34,6 +39,8 @@ _free = threading.Event()
 _free.set()
 _watched: WeakSet[nn.Module] = WeakSet()
 _watched_lock = threading.Lock()
+#: What the model runs on, once a batch has begun.
+_device: torch.device | None = None
 
 
 @contextmanager
@@ -68,9 +75,24 @@ def stand_by() -> None:
         _free.wait(STAND_BY_LIMIT_S)
 
 
+def until_computed(device: torch.device) -> None:
+    """Wait for what this thread has started on a GPU; what is more urgent goes first meanwhile."""
+    if device.type != "cuda":
+        return
+    import torch
+
+    with torch.cuda.device(device):
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+    while not done.query():  # type: ignore[no-untyped-call]
+        give_way()
+        time.sleep(LOOK_EVERY_S)
+
+
 @contextmanager
 def _torch_as_outside() -> Iterator[None]:
-    """What goes first does not run in the encoder's 16 bits, and what it keeps is no inference tensor."""
+    """What goes first does not run in the encoder's 16 bits, what it keeps is no inference tensor, and on a GPU it does
+    not queue up behind the encoder."""
     torch = sys.modules.get("torch")
     with ExitStack() as stack:
         if torch is not None:
@@ -79,7 +101,16 @@ def _torch_as_outside() -> Iterator[None]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
+            if _device is not None and _device.type == "cuda":
+                stack.enter_context(torch.cuda.stream(_urgent_stream(_device)))
         yield
+
+
+@lru_cache
+def _urgent_stream(device: torch.device) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def work_beside(threads: int = 1) -> None:
@@ -101,7 +132,9 @@ def give_way_within(encoder: nn.Module) -> None:
     of its lists and sequences of modules."""
     from torch import nn
 
+    global _device  # noqa: PLW0603 - one model for each process
     with _watched_lock:
+        _device = next((one.device for one in encoder.parameters()), None)
         if encoder in _watched:
             return
         _watched.add(encoder)

@@ -68,6 +68,9 @@ def ways_of(backbone: Backbone, chosen: torch.dtype | None) -> dict[str, Way]:
         ways[f"float32, {how}"] = Way(lambda: ours, chosen=chosen is None)
     ways[f"{_name(low)}, {how}".rstrip(", ")] = Way(lambda: in_type(ours, low), chosen=chosen is low)
     if vit:
+        ways[f"floor: {best}, without its relative positions"] = Way(
+            lambda: _without_positions(in_type(ours, chosen), ours)
+        )
         ways[f"int8 linear layers, {how}"] = Way(lambda: _quantised(ours, backbone.device))
     ways[f"torch.compile, {best}"] = Way(lambda: torch.compile(in_type(ours, chosen)), slow_start=True)
     ways["ONNX Runtime, float32"] = Way(lambda: _onnx(ours, backbone), slow_start=True)
@@ -88,6 +91,23 @@ def _name(dtype: torch.dtype | None) -> str:
 
 def _not_made(_: Tensor) -> Tensor:
     raise RuntimeError("The way was not made.")
+
+
+def _without_positions(run: Run, encoder: nn.Module) -> Run:
+    """`run` of a ViT `encoder` with plain attention: what the relative positions cost is then known. Its masks are not
+    the model's."""
+    attentions = [block.attn for block in encoder.blocks]  # type: ignore[union-attr]
+
+    def without(image: Tensor) -> Tensor:
+        for attention in attentions:
+            attention.use_rel_pos = False
+        try:
+            return run(image)
+        finally:
+            for attention in attentions:
+                attention.use_rel_pos = True
+
+    return without
 
 
 def _quantised(encoder: nn.Module, device: torch.device) -> Run:

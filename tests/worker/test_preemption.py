@@ -3,13 +3,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from worker import preemption
-from worker.preemption import give_way, give_way_within, letting_through, stand_by
+from worker.preemption import give_way, give_way_within, letting_through, stand_by, until_computed
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,38 @@ def test_what_goes_first_runs_in_float32_and_keeps_no_inference_tensors() -> Non
         give_way()
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert found == [(torch.float32, False, False)]
+
+
+def test_on_a_gpu_clicks_go_before_the_layers_that_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is stood in for: an image that takes three looks, and a stream that is only noted."""
+    looks: list[int] = []
+    entered: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            looks.append(0)
+
+        def query(self) -> bool:
+            looks[0] += 1
+            return looks[0] > 3
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(preemption, "_urgent_stream", lambda device: f"urgent on {device}")
+    monkeypatch.setattr(preemption, "_device", torch.device("cuda:1"))
+    with letting_through(lambda: entered.append("click")):
+        until_computed(torch.device("cuda:1"))
+    assert entered == ["urgent on cuda:1", "click", "left"] * 3
+    looks.clear()
+    until_computed(torch.device("cpu"))
+    assert looks == []
 
 
 def test_threads_beside_the_model_have_one_thread_and_a_low_priority() -> None:

@@ -18,6 +18,7 @@ from worker.backbones.checkpoints import Checkpoint, CheckpointError, checkpoint
 from worker.backbones.fast_attention import accelerate
 from worker.backbones.fast_decoder import FastDecoder
 from worker.backbones.fast_encoder import fast_encoder
+from worker.backbones.graphed_decoder import GraphedDecoder
 from worker.backbones.mobile_sam import build_mobile_sam
 from worker.backbones.tiny import build_tiny, load_tiny
 from worker.precision import encoder_precision
@@ -68,9 +69,10 @@ class Backbone:
         return fast_encoder(self.sam.image_encoder, self.device)
 
     @cached_property
-    def decoder(self) -> FastDecoder:
+    def decoder(self) -> FastDecoder | GraphedDecoder:
         """The mask decoder, quicker."""
-        return FastDecoder(self.sam.mask_decoder, self.dense_pe)
+        fast = FastDecoder(self.sam.mask_decoder, self.dense_pe)
+        return GraphedDecoder(fast) if self.device.type == "cuda" else fast
 
     @property
     def image_size(self) -> int:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from segment_anything.modeling import ImageEncoderViT
 
-from evaluation.bench.encoder_ways import left_out, ways_of
+from evaluation.bench.encoder_ways import _without_positions, left_out, ways_of
 from evaluation.bench.report import write
 from worker.backbones import build
 
@@ -36,6 +37,23 @@ def test_each_way_runs_the_same_encoder(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ModuleNotFoundError) as caught:
         ways["ONNX Runtime, float32"].make()
     assert left_out(caught.value) == "onnxruntime is not installed"
+
+
+def test_the_floor_is_the_encoder_without_its_relative_positions() -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "out_chans": 16, "window_size": 2}
+    encoder = ImageEncoderViT(**sizes, use_rel_pos=True, global_attn_indexes=(1,)).eval()
+    plain = ImageEncoderViT(**sizes, use_rel_pos=False, global_attn_indexes=(1,)).eval()
+    for name, parameter in encoder.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter)
+    plain.load_state_dict(encoder.state_dict(), strict=False)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        with_positions = encoder(image)
+        torch.testing.assert_close(_without_positions(encoder, encoder)(image), plain(image))
+        assert not torch.allclose(with_positions, plain(image))
+        torch.testing.assert_close(encoder(image), with_positions, rtol=0, atol=0)
 
 
 def test_what_cannot_be_had_fits_into_a_cell() -> None:
