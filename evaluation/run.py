@@ -28,7 +28,7 @@ from worker.proposer import Proposer
 
 COLUMNS = (
     *("dataset", "pair", "strategy", "seed", "click", "x", "y", "positive", "iou", "best_iou", "score", "seconds"),
-    *("gain", "honoured", "honoured_raw"),
+    *("gain", "honoured", "honoured_raw", "on_error"),
 )
 
 

@@ -186,6 +186,7 @@ class _Journal:
     ignore: Mask | None
     rows: list[Row] = field(default_factory=list)
     best: float = 0.0
+    mask: Mask | None = None
 
     def add(
         self,
@@ -201,6 +202,10 @@ class _Journal:
         """One click later. `prompts`: all so far; `score`, `gain`: what the proposal that led to it promised."""
         quality = metrics.iou(mask, self.truth, self.ignore)
         self.best = max(self.best, quality)
+        # Whether there was something to correct where the click is, in the mask that the one before had led to.
+        row, col = min(int(click.y), mask.shape[0] - 1), min(int(click.x), mask.shape[1] - 1)
+        on_error = "" if self.mask is None else int(self.mask[row, col] != click.positive)
+        self.mask = mask
         self.rows.append(
             {
                 "click": len(self.rows) + 1,
@@ -214,12 +219,13 @@ class _Journal:
                 "gain": _text(gain),
                 "honoured": _text(metrics.honoured(mask, prompts.clicks)),
                 "honoured_raw": _text(honoured_raw),
+                "on_error": on_error,
             }
         )
 
     def padded(self, count: int) -> list[Row]:
         """`count` rows: where no click was left to make, the mask stays as it is."""
-        nothing = {"x": "", "y": "", "positive": "", "score": "", "seconds": 0.0, "gain": ""}
+        nothing = {"x": "", "y": "", "positive": "", "score": "", "seconds": 0.0, "gain": "", "on_error": ""}
         while len(self.rows) < count:
             self.rows.append({**self.rows[-1], **nothing, "click": len(self.rows) + 1})
         return self.rows

@@ -52,6 +52,7 @@ def summarise(
     `images`: (dataset, pair) -> image, the unit of the bootstrap. Means are over pairs (seeds averaged first).
     `rank`: among all strategies; `rank_without_truth`: among those that do not read the ground truth.
     `overall`: the same over all data sets together (pairs pooled), and the mean of the ranks.
+    `on_error`: share of the clicks after the first whose place was wrong in the mask before, all clicks alike.
     `first_minus`: other strategy -> paired differences of the first strategy in `clicks` to it.
     With `thin`, the pairs whose object is thin: `thin` and `compact`, the same over the pairs of either kind.
     With `stops`, strategy -> expected gain under which it stops: `stopping`, share of the clicks saved and IoU lost.
@@ -60,6 +61,8 @@ def summarise(
     per_set = {str(name): _strategies(group, images) for name, group in objects.groupby("dataset", sort=False)}
     overall = _strategies(objects, images)
     for strategy, entry in overall.items():
+        on_error = clicks.loc[clicks["strategy"] == strategy, "on_error"].mean()
+        entry["on_error"] = None if np.isnan(on_error) else float(on_error)
         for key in ("rank", "rank_without_truth"):
             found = [table[strategy][key] for table in per_set.values() if key in table.get(strategy, {})]
             if found:

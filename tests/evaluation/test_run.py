@@ -70,6 +70,9 @@ def test_run_writes_every_click(folder: Path, tmp_path: Path) -> None:
     assert len(firsts) == 2  # every strategy starts from the same click and mask
     for row in rows:
         assert float(row["best_iou"]) >= float(row["iou"])
+        if row["strategy"] == "oracle" and row["x"]:
+            assert row["on_error"] == ("" if row["click"] == "1" else "1")
+    assert {row["on_error"] for row in rows if row["strategy"] == "random"} == {"", "0", "1"}
 
 
 def test_a_killed_run_goes_on_and_gives_the_same(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def clicks() -> pd.DataFrame:
     return pd.DataFrame(
         [
             {"dataset": "d", "pair": pair, "strategy": name, "seed": 0, "click": n, "iou": iou, "gain": 0.1 / n}
+            | {"on_error": float("nan") if n == 1 or name == "other" else float(n == 2 or pair == "a")}
             for (pair, name), curve in curves.items()
             for n, iou in enumerate(curve, 1)
         ]
@@ -27,6 +28,12 @@ def clicks() -> pd.DataFrame:
 
 
 IMAGES = {("d", "a"): "1.png", ("d", "b"): "1.png", ("d", "c"): "2.png"}
+
+
+def test_clicks_on_errors_are_counted_after_the_first(clicks: pd.DataFrame) -> None:
+    found = summarise(clicks, IMAGES)["overall"]
+    assert found["first"]["on_error"] == pytest.approx(4 / 6)
+    assert found["other"]["on_error"] is None  # an evaluation of an earlier version
 
 
 def test_differences_are_paired(clicks: pd.DataFrame) -> None:
