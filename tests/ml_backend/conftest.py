@@ -1,16 +1,19 @@
-"""The captured requests of Label Studio 1.23.2, and a runner that answers without a model."""
+"""The captured requests of Label Studio 1.23.2, a runner that answers without a model, and one over a real queue."""
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ml_backend.jobs import JobFailed
+from ml_backend.rq_runner import RqRunner
 from ml_backend.settings import Settings
+from tests.ml_backend.queue_workers import Workers
 from worker.brush_rle import encode
 from worker.contract import EmbedJob, Proposal, SegmentJob, SegmentResult
 
@@ -67,6 +70,20 @@ class FakeRunner:
 
     def close(self) -> None:
         pass
+
+
+@pytest.fixture
+def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
+    started = Workers(redis_url, tmp_path)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def redis_runner(redis_url: str) -> Iterator[RqRunner]:
+    made = RqRunner(redis_url)
+    yield made
+    made.close()
 
 
 @pytest.fixture

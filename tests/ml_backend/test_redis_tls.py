@@ -14,7 +14,7 @@ import redis
 from ml_backend.jobs import JobFailed
 from ml_backend.processes import free_port
 from ml_backend.rq_runner import RqRunner
-from tests.ml_backend.test_rq_runner import Workers, click, ready
+from tests.ml_backend.queue_workers import Workers, click, ready
 
 PASSWORD = "pa55word-of-ours"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,50 +12,36 @@ import pytest
 from ml_backend import rq_batch
 from ml_backend.jobs import JobFailed
 from ml_backend.rq_runner import RqRunner
-from tests.ml_backend.test_rq_runner import Workers, click, ready, until
+from tests.ml_backend.queue_workers import Workers, click, ready, until
 from worker.contract import ImageRef, PrelabelFailure, PrelabelImage, PrelabelItem, PrelabelOptions
-
-
-@pytest.fixture
-def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
-    started = Workers(redis_url, tmp_path)
-    yield started
-    started.stop()
-
-
-@pytest.fixture
-def runner(redis_url: str) -> Iterator[RqRunner]:
-    made = RqRunner(redis_url)
-    yield made
-    made.close()
 
 
 def items(*keys: str) -> list[PrelabelItem]:
     return [PrelabelItem(key=key, image=ImageRef(url=key)) for key in keys]
 
 
-def answers(runner: RqRunner, *keys: str) -> list[Any]:
-    return list(runner.prelabel(items(*keys), PrelabelOptions()))
+def answers(redis_runner: RqRunner, *keys: str) -> list[Any]:
+    return list(redis_runner.prelabel(items(*keys), PrelabelOptions()))
 
 
-def test_every_image_is_answered_once(runner: RqRunner, workers: Workers) -> None:
+def test_every_image_is_answered_once(redis_runner: RqRunner, workers: Workers) -> None:
     workers.start()
     workers.start()
     keys = [f"a{number}" for number in range(60)]
-    found = answers(runner, *keys)
+    found = answers(redis_runner, *keys)
     assert Counter(one.key for one in found) == Counter(keys)
     assert all(isinstance(one, PrelabelImage) for one in found)
-    assert runner.status()["queues"]["batch"] == 0
+    assert redis_runner.status()["queues"]["batch"] == 0
 
 
-def test_killed_workers_lose_and_double_nothing(runner: RqRunner, workers: Workers) -> None:
+def test_killed_workers_lose_and_double_nothing(redis_runner: RqRunner, workers: Workers) -> None:
     first, _ = workers.start(), workers.start()
-    ready(runner, 2)
+    ready(redis_runner, 2)
     keys = [f"sleep:0.05:{number}" for number in range(80)]
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.extend(answers(runner, *keys)))
+    thread = threading.Thread(target=lambda: found.extend(answers(redis_runner, *keys)))
     thread.start()
-    until(lambda: len(runner.status()["running"]) == 2)
+    until(lambda: len(redis_runner.status()["running"]) == 2)
     first.kill()
     workers.start()
     thread.join(60)
@@ -66,7 +50,7 @@ def test_killed_workers_lose_and_double_nothing(runner: RqRunner, workers: Worke
 
 
 def test_what_kills_its_workers_is_given_up_alone(
-    runner: RqRunner, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    redis_runner: RqRunner, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rq_batch, "LOST_S", 0.5)
     stop = threading.Event()
@@ -80,7 +64,7 @@ def test_what_kills_its_workers_is_given_up_alone(
     supervisor = threading.Thread(target=supervise)
     supervisor.start()
     try:
-        found = answers(runner, "a", "die", "b")
+        found = answers(redis_runner, "a", "die", "b")
     finally:
         stop.set()
         supervisor.join()
@@ -90,9 +74,9 @@ def test_what_kills_its_workers_is_given_up_alone(
     assert sorted(one.key for one in found) == ["a", "b", "die"]
 
 
-def test_a_fault_concerns_its_own_image(runner: RqRunner, workers: Workers) -> None:
+def test_a_fault_concerns_its_own_image(redis_runner: RqRunner, workers: Workers) -> None:
     workers.start()
-    found = {one.key: one for one in answers(runner, "a", "raise", "b")}
+    found = {one.key: one for one in answers(redis_runner, "a", "raise", "b")}
     assert isinstance(found["raise"], PrelabelFailure)
     assert "secret" not in found["raise"].error
     assert isinstance(found["a"], PrelabelImage)
@@ -100,39 +84,41 @@ def test_a_fault_concerns_its_own_image(runner: RqRunner, workers: Workers) -> N
 
 
 def test_what_concerns_all_ends_the_batch_in_words(
-    runner: RqRunner, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    redis_runner: RqRunner, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rq_batch, "PATIENCE_S", 0.5)
     with pytest.raises(JobFailed, match="No worker takes jobs of the batch queue"):
-        answers(runner, "a")
-    assert runner.status()["queues"]["batch"] == 0
+        answers(redis_runner, "a")
+    assert redis_runner.status()["queues"]["batch"] == 0
     workers.start()
-    ready(runner, 1)
+    ready(redis_runner, 1)
     with pytest.raises(JobFailed, match="Try this"):
-        answers(runner, "fail")
+        answers(redis_runner, "fail")
 
 
-def test_a_click_does_not_wait_for_the_batch(runner: RqRunner, workers: Workers) -> None:
+def test_a_click_does_not_wait_for_the_batch(redis_runner: RqRunner, workers: Workers) -> None:
     """One worker, a job of ten seconds: the click is answered in the middle of it, and the job is not lost for that."""
     workers.start()
-    ready(runner, 1)
+    ready(redis_runner, 1)
     found: list[Any] = []
     keys = ["long:10:a", "b"]
-    thread = threading.Thread(target=lambda: found.extend(answers(runner, *keys)))
+    thread = threading.Thread(target=lambda: found.extend(answers(redis_runner, *keys)))
     thread.start()
-    until(lambda: any(one["job"].startswith("prelabel") for one in runner.status()["running"]))
-    assert runner.segment(click("sleep:2"), deadline_s=8).area == 7  # longer than a lost job is believed to be there
+    until(lambda: any(one["job"].startswith("prelabel") for one in redis_runner.status()["running"]))
+    assert (
+        redis_runner.segment(click("sleep:2"), deadline_s=8).area == 7
+    )  # longer than a lost job is believed to be there
     assert not found
     thread.join(60)
     assert sorted(one.key for one in found) == sorted(keys)
     assert workers.logs().count("long done") == 1
 
 
-def test_leaving_a_batch_takes_its_jobs_out(runner: RqRunner, workers: Workers) -> None:
+def test_leaving_a_batch_takes_its_jobs_out(redis_runner: RqRunner, workers: Workers) -> None:
     workers.start()
-    ready(runner, 1)
-    batch = runner.prelabel(items(*[f"sleep:0.2:{n}" for n in range(100)]), PrelabelOptions())
+    ready(redis_runner, 1)
+    batch = redis_runner.prelabel(items(*[f"sleep:0.2:{n}" for n in range(100)]), PrelabelOptions())
     next(batch)
     batch.close()  # type: ignore[attr-defined]
     time.sleep(0.1)
-    assert runner.status()["queues"]["batch"] == 0
+    assert redis_runner.status()["queues"]["batch"] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import redis
 
 from ml_backend.jobs import JobFailed
 from ml_backend.rq_runner import RqRunner
-from tests.ml_backend.test_rq_runner import Workers, until
+from tests.ml_backend.queue_workers import Workers, until
 from worker.contract import TrainJob
 
 
@@ -20,53 +19,37 @@ def job(verb: str) -> TrainJob:
     return TrainJob(project=3, objects=(), notes={"do": verb})
 
 
-@pytest.fixture
-def workers(redis_url: str, tmp_path: Path) -> Iterator[Workers]:
-    made = Workers(redis_url, tmp_path)
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def runner(redis_url: str) -> Iterator[RqRunner]:
-    made = RqRunner(redis_url)
-    yield made
-    made.close()
-
-
-def test_a_worker_trains(workers: Workers, runner: RqRunner) -> None:
+def test_a_worker_trains(workers: Workers, redis_runner: RqRunner) -> None:
     workers.start()
-    assert runner.train(job("answer")).head == "project-3-v1"
+    assert redis_runner.train(job("answer")).head == "project-3-v1"
     with pytest.raises(JobFailed, match="Too few"):
-        runner.train(job("fail"))
+        redis_runner.train(job("fail"))
 
 
-def test_training_waits_for_a_worker_and_says_so(workers: Workers, runner: RqRunner) -> None:
+def test_training_waits_for_a_worker_and_says_so(workers: Workers, redis_runner: RqRunner) -> None:
     told: list[tuple[str, int]] = []
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(runner.train, job("answer"), lambda stage, done, total: told.append((stage, done)))
+        waiting = pool.submit(redis_runner.train, job("answer"), lambda stage, done, total: told.append((stage, done)))
         until(lambda: told)
         assert told[0] == ("waiting", 0)
         workers.start()
         assert waiting.result(60).used
 
 
-def test_a_killed_worker_loses_its_job_to_another(workers: Workers, runner: RqRunner, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_its_job_to_another(workers: Workers, redis_runner: RqRunner, tmp_path: Path) -> None:
     mark = tmp_path / "begun"
     first = workers.start()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(runner.train, job(f"hang-once:{mark}"))
+        waiting = pool.submit(redis_runner.train, job(f"hang-once:{mark}"))
         until(mark.exists, 60)
         first.kill()
         workers.start()
         assert waiting.result(60).head == "project-3-v1"
 
 
-def test_what_is_under_way_already_is_not_begun_twice(workers: Workers, runner: RqRunner, redis_url: str) -> None:
+def test_what_is_under_way_already_is_not_begun_twice(workers: Workers, redis_runner: RqRunner, redis_url: str) -> None:
     done = []
-    threads = [threading.Thread(target=lambda: done.append(runner.train(job("answer")))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: done.append(redis_runner.train(job("answer")))) for _ in range(3)]
     for thread in threads:
         thread.start()
         with redis.Redis.from_url(redis_url) as client:
