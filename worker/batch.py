@@ -57,8 +57,8 @@ READERS_OF_GPU = 8
 READ_AHEAD = 2
 #: Images whose masks may wait to be made.
 FINISH_BEHIND = 4
-#: Encoders of fewer parameters than this are small.
-SMALL_ENCODER = 5_000_000
+#: Encoders of images of at most this side, pixels, are small.
+SMALL_INPUT = 512
 #: Images that are seen through at the same time: two at least, as one leaves the processor now and then, and no more
 #: than can go on without Python's lock.
 MIN_LANES, MAX_LANES = 2, 8
@@ -121,8 +121,7 @@ def _readers(backbone: Backbone) -> int:
 
 def _lanes(backbone: Backbone) -> int:
     """How many images are seen through at the same time, each by one thread; 0: the encoder runs on the caller's."""
-    encoder = backbone.sam.image_encoder
-    small = backbone.device.type == "cpu" and sum(one.numel() for one in encoder.parameters()) < SMALL_ENCODER
+    small = backbone.device.type == "cpu" and backbone.image_size <= SMALL_INPUT
     return min(max(torch.get_num_threads(), MIN_LANES), MAX_LANES) if small else 0
 
 
