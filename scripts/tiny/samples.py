@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tiny.pool import SCENES, Pool
+from tiny.pool import SCENES, Item, Pool
 from tiny.teacher import TeacherFeatures
 
 MIN_PIXELS = 24  # of the low-resolution mask: smaller objects are not asked for
+#: Drawn layered sections come so often beside other drawn scenes, and so many of them show the sign of their amplitude
+#: alone, as seismic sections often do; of other images few are made black and white.
+LAYERED = "bands"
+LAYERED_WEIGHT = 3.0
+LAYERED_BLACK_AND_WHITE, BLACK_AND_WHITE = 0.5, 0.02
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -30,10 +35,11 @@ class Samples(Dataset[dict[str, Tensor]]):
         members: dict[str, list[int]] = {}
         for index, item in enumerate(pool.items):
             if not item.held_out:
-                members.setdefault(item.set, []).append(index)
+                members.setdefault(_kind(item), []).append(index)
         self.sets = list(members.values())
         weights = np.array([len(indices) ** 0.5 for indices in self.sets])
-        drawn = np.array([name == SCENES for name in members])
+        weights[[name == f"{SCENES} {LAYERED}" for name in members]] *= LAYERED_WEIGHT
+        drawn = np.array([name.startswith(SCENES) for name in members])
         if drawn.all():
             scene_share = 1.0
         for group, share in ((drawn, scene_share), (~drawn, 1 - scene_share)):
@@ -78,7 +84,8 @@ class Samples(Dataset[dict[str, Tensor]]):
             np.ascontiguousarray(image), (out_w, out_h), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
         )
         if augment:
-            resized = _photometric(resized, rng)
+            layered = _kind(self.pool.items[index]) == f"{SCENES} {LAYERED}"
+            resized = _photometric(resized, rng, LAYERED_BLACK_AND_WHITE if layered else BLACK_AND_WHITE)
         framed = np.zeros((self.size, self.size, 3), np.uint8)
         framed[:out_h, :out_w] = resized
         sample = {
@@ -121,6 +128,11 @@ class Samples(Dataset[dict[str, Tensor]]):
         return masks[np.arange(self.objects) % len(masks)] if len(masks) else None
 
 
+def _kind(item: Item) -> str:
+    """The set of an item; of drawn scenes each kind is one."""
+    return f"{SCENES} {item.name.partition('-')[0]}" if item.set == SCENES else item.set
+
+
 def _crop(labels: NDArray[np.uint8], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(x0, y0, width, height) in pixels: the whole image, a window that holds a pixel of some object, or one about an
     object that is 1.3 to 4 times as large as it, because small objects are otherwise never seen from near."""
@@ -143,8 +155,9 @@ def _crop(labels: NDArray[np.uint8], rng: np.random.Generator) -> tuple[int, int
     return x0, y0, w, h
 
 
-def _photometric(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Brightness, contrast, gamma, colour cast, saturation, grey, inversion, blur, noise; each only now and then."""
+def _photometric(image: NDArray[np.uint8], rng: np.random.Generator, black_and_white: float) -> NDArray[np.uint8]:
+    """Brightness, contrast, gamma, colour cast, saturation, grey, inversion, blur, noise; each only now and then, and
+    black and white in a share of `black_and_white`."""
     table: NDArray[Any] = np.arange(256) / 255.0
     gamma, gain, lift = np.exp(rng.normal(0, 0.2)), np.exp(rng.normal(0, 0.2)), rng.normal(0, 0.07)
     tables = [
@@ -157,9 +170,19 @@ def _photometric(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
         image = cv2.addWeighted(image, 1 - grey, flat, grey, 0)
     if rng.random() < 0.03:
         image = 255 - image
+    if rng.random() < black_and_white:
+        image = _two_tones(image, rng)
     if rng.random() < 0.12:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.5))
     if rng.random() < 0.2:
         noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(2, 14))
         image = np.clip(image + noise, 0, 255).astype(np.uint8)
     return np.ascontiguousarray(image)
+
+
+def _two_tones(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """White where the image, or noise where it is flat, is above the mean of its surroundings, else black."""
+    noise = rng.standard_normal(image.shape[:2], np.float32) * np.float32(rng.uniform(1, 12))
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) + noise
+    white = grey > cv2.GaussianBlur(grey, (0, 0), rng.uniform(4, 20))
+    return np.repeat((white * np.uint8(255))[..., None], 3, axis=2)
