@@ -20,32 +20,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rq.timeouts import BaseTimeoutException
-from torch import Tensor
 
-from worker import brush_rle
 from worker.backbones import Backbone
 from worker.contract import (
     Failure,
-    ObjectPrompts,
     PrelabelFailure,
     PrelabelImage,
     PrelabelItem,
     PrelabelJob,
     PrelabelOptions,
     PrelabelResult,
-    Prompts,
-    Proposal,
-    Region,
 )
-from worker.decode import Decoded, Frame, decode, decode_batch, decode_session
 from worker.embeddings import Embedding, encode_resized, resize
-from worker.everything import segment_everything
 from worker.images import decode_image, fetch
-from worker.masks import to_mask
-from worker.outlines import prompts_of, rings
-from worker.preemption import ASK_EVERY_S, give_way, give_way_within, stand_by, work_beside
+from worker.objects import decide, regions
+from worker.preemption import ASK_EVERY_S, give_way, give_way_within, work_beside
 from worker.runtime import Runtime
-from worker.tasks import JobError, answer, failure, in_image
+from worker.tasks import answer, failure
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +44,7 @@ log = logging.getLogger(__name__)
 #: time; one on a GPU takes images faster than two of them unpack.
 READERS = 2
 READERS_OF_GPU = 8
-#: Images that are read ahead for each of them.
+#: Images that each of them reads ahead.
 READ_AHEAD = 2
 #: Images whose masks may wait to be made.
 FINISH_BEHIND = 4
@@ -62,8 +53,6 @@ SMALL_INPUT = 512
 #: Images that are seen through at the same time: two at least, as one leaves the processor now and then, and no more
 #: than can go on without Python's lock.
 MIN_LANES, MAX_LANES = 2, 8
-#: Single clicks that are decoded in one pass.
-DECODE_BATCH = 16
 
 Answer = PrelabelImage | PrelabelFailure
 T = TypeVar("T")
@@ -133,19 +122,6 @@ class _Read:
     resized: NDArray[np.uint8] | None
     original_size: tuple[int, int]
     key: str
-
-
-@dataclass(frozen=True)
-class _Object:
-    """An object that was decided on: what its region is made from."""
-
-    logits: Tensor
-    frame: Frame
-    prompts: Prompts
-    label: str | None
-    predicted_iou: float
-    expected_iou: float
-    proposal: Proposal | None
 
 
 def _ahead(
@@ -243,99 +219,11 @@ def _encode(image: _Read, options: PrelabelOptions, current: Runtime) -> Embeddi
     return embedding
 
 
-def _decide(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> list[_Object]:
-    """Decode every object, and decide on its mask and its next click."""
-    backbone, proposer = current.backbone, current.proposer_of(item.image.project)
-    objects = []
-    for label, prompts, decoded in _decoded(item, embedding, current):
-        stand_by()
-        decision = proposer.propose(
-            decoded,
-            prompts,
-            strategy=options.strategy,
-            redecode=lambda others, mask: decode(backbone, embedding, others, mask),
-        )
-        # A copy: the logits may be a view that would keep every candidate mask in memory.
-        logits, proposal = decision.logits.clone(), decision.proposal if options.propose else None
-        iou = min(max(decoded.predicted_iou, 0.0), 1.0)
-        objects.append(_Object(logits, decoded.frame, prompts, label, iou, decision.expected_iou, proposal))
-    return objects
-
-
-def _decoded(
-    item: PrelabelItem, embedding: Embedding, current: Runtime
-) -> Iterator[tuple[str | None, Prompts, Decoded]]:
-    """(label, prompts in pixels of the image, what the decoder says) of each object."""
-    backbone = current.backbone
-    if item.everything is not None:
-        for prompts, decoded in segment_everything(backbone, embedding, item.everything):
-            yield item.everything.label, prompts, decoded
-    given = [(one.label, known) for one in item.objects if (known := _prompts(one, item, embedding)) is not None]
-    single = [one for one in given if len(one[1].clicks) == 1 and one[1].box is None]
-    for start in range(0, len(single), DECODE_BATCH):
-        stand_by()
-        part = single[start : start + DECODE_BATCH]
-        answers = decode_batch(backbone, embedding, [prompts for _, prompts in part])
-        for (label, prompts), decoded in zip(part, answers, strict=True):
-            yield label, prompts, decoded
-    for label, prompts in given:
-        if len(prompts.clicks) != 1 or prompts.box is not None:
-            stand_by()
-            yield label, prompts, decode_session(backbone, embedding, prompts)
-
-
-def _prompts(one: ObjectPrompts, item: PrelabelItem, embedding: Embedding) -> Prompts | None:
-    """The prompts of an object in pixels of the image; None for an empty brush."""
-    height, width = embedding.original_size
-    frame = (item.height or height, item.width or width)
-    given: Prompts | None = one.prompts
-    if one.brush:
-        try:
-            mask = brush_rle.decode(one.brush, *frame)
-        except ValueError as error:
-            raise JobError(f"A brush region cannot be read: {error}", "Draw it again.", 422) from error
-        given = prompts_of(mask)
-    if given is None:
-        return None
-    return in_image(given, frame, embedding.original_size)
-
-
 def _finish(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> Answer:
     """Objects, masks at full size, and their brush or outlines. Runs beside the encoder."""
     try:
         with torch.inference_mode():
-            objects = _once_more(lambda: _decide(item, embedding, options, current), current)
-            return _regions(item, embedding.original_size, objects, options)
+            objects = _once_more(lambda: decide(item, embedding, options, current), current)
+            return regions(item, embedding.original_size, objects, options)
     except Exception as error:
         return _failed(item, error)
-
-
-def _regions(
-    item: PrelabelItem, size: tuple[int, int], objects: list[_Object], options: PrelabelOptions
-) -> PrelabelImage:
-    height, width = item.height or size[0], item.width or size[1]
-    regions, best = [], None
-    for one in objects:
-        mask = to_mask(one.logits, one.frame, one.prompts, (height, width))
-        area = int(np.count_nonzero(mask))
-        outlines = rings(mask) if options.polygons else []
-        if not area or (options.polygons and not outlines):
-            continue
-        regions.append(
-            Region(
-                label=one.label,
-                rle=[] if options.polygons else brush_rle.encode(mask),
-                rings=outlines,
-                area=area,
-                predicted_iou=one.predicted_iou,
-                expected_iou=one.expected_iou,
-            )
-        )
-        if one.proposal is not None and (best is None or one.proposal.score > best.score):
-            best = one.proposal
-    if best is not None:
-        best = best.model_copy(update={"x": best.x * width / size[1], "y": best.y * height / size[0]})
-    confidence = sum(region.expected_iou for region in regions) / len(regions) if regions else 0.0
-    return PrelabelImage(
-        key=item.key, width=width, height=height, regions=tuple(regions), confidence=confidence, proposal=best
-    )
