@@ -24,10 +24,10 @@ from ml_backend.settings import Settings
 from ml_backend.task_image import image_of
 from worker.contract import ImageRef, PrelabelFailure, PrelabelItem, PrelabelOptions
 
-#: Bytes of one embedding at most (float32) with the colours beside it: 96 x 48 x 48 and 3 x 192 x 192 for tiny,
+#: Bytes of one embedding (half precision) with the colours beside it: 96 x 56 x 56 and 3 x 224 x 224 for tiny,
 #: 256 x 64 x 64 and 3 x 256 x 256 for the others.
-EMBEDDING_BYTES = {"tiny": 4 * 96 * 48 * 48 + 3 * 192 * 192}
-LARGE_EMBEDDING_BYTES = 4 * 256 * 64 * 64 + 3 * 256 * 256
+EMBEDDING_BYTES = {"tiny": 2 * 96 * 56 * 56 + 3 * 224 * 224}
+LARGE_EMBEDDING_BYTES = 2 * 256 * 64 * 64 + 3 * 256 * 256
 
 
 @click.command()
