@@ -68,28 +68,33 @@ def main() -> int:
     cv2.setNumThreads(0)  # its pool costs more than it gives on masks this small
     torch.set_flush_denormal(True)  # denormals in early training cost a CPU a multiple of the time
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device, folder = torch.device(name), options.folder
+    device = torch.device(name)
     try:
-        parallel.join()
-        if not parallel.rank() and not (folder / "pool.json").exists():
-            print("packing the pool", flush=True)
-            pack(options.data, folder, config["pool"])
-        if not parallel.rank() and options.teacher and not (folder / "teacher.json").exists():
-            precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
-                       config["teacher"]["long_side"], device)  # fmt: skip
-        parallel.first_says(0.0)  # the others wait for what the first prepares
-        run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start)
-        if not options.export_only:
-            run.train(workers=options.workers, say=lambda text: print(text, flush=True))
-        if parallel.rank():
-            return 0
-        run.export(options.out)
-        if options.curve:
-            plot_curve(folder / "log.jsonl", options.curve)
+        with parallel.together():
+            return prepare_and_train(options, config, device)
     except (ValueError, OSError) as error:
         print(f"train_tiny: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.out} at step {run.step}")
+
+
+def prepare_and_train(options: argparse.Namespace, config: dict[str, Any], device: torch.device) -> int:
+    """Of several processes the first prepares and writes. Returns the exit status."""
+    folder, first = options.folder, not parallel.rank()
+    if first and not (folder / "pool.json").exists():
+        print("packing the pool", flush=True)
+        pack(options.data, folder, config["pool"])
+    if first and options.teacher and not (folder / "teacher.json").exists():
+        precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
+                   config["teacher"]["long_side"], device)  # fmt: skip
+    parallel.first_says(0.0)  # the others wait for what the first prepares
+    run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start)
+    if not options.export_only:
+        run.train(workers=options.workers, say=lambda text: print(text, flush=True))
+    if first:
+        run.export(options.out)
+        if options.curve:
+            plot_curve(folder / "log.jsonl", options.curve)
+        print(f"wrote {options.out} at step {run.step}")
     return 0
 
 

@@ -3,16 +3,26 @@ batch, and all take the same step. On its own a process is rank 0 of 1, and noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
 
 
-def join() -> None:
-    """Meet the other processes, if there are any."""
-    if distributed.is_torchelastic_launched():
-        distributed.init_process_group("gloo")
+@contextmanager
+def together() -> Iterator[None]:
+    """Meet the other processes, if there are any, and part when all are done: one that ends early, or without taking
+    leave, would take the others with it."""
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -188,6 +188,26 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
 
 
 @pytest.mark.usefixtures("scripts_on_path")
+def test_layered_sections_come_more_often_and_half_of_them_in_two_tones(tmp_path: Path) -> None:
+    pool, samples = importlib.import_module("tiny.pool"), importlib.import_module("tiny.samples")
+    pool.pack(None, tmp_path, {**tomllib.loads(CONFIG)["pool"], "scenes": 28})
+    made = samples.Samples(pool.Pool(tmp_path), None, 96, 1, 1.0, 1)
+    kinds = [samples._kind(made.pool.items[members[0]]) for members in made.sets]
+    shares = dict(zip(kinds, made.weights, strict=True))
+    assert shares.pop("scenes bands") == pytest.approx(3 / 9)
+    assert list(shares.values()) == pytest.approx([1 / 9] * 6)
+    layered = next(index for index, item in enumerate(made.pool.items) if item.name.startswith("bands"))
+    tones = []
+    for number in range(60):
+        sample = made.make(layered, np.random.default_rng(number), augment=True)
+        if sample is not None:
+            height, width = sample["valid"]
+            values = sample["image"][:, :height, :width]
+            tones.append(float(((values < 60) | (values > 195)).float().mean()))  # noise comes after
+    assert 0.3 < np.mean(np.array(tones) > 0.9) < 0.7
+
+
+@pytest.mark.usefixtures("scripts_on_path")
 def test_a_larger_encoder_starts_as_the_same_function(tmp_path: Path) -> None:
     training = importlib.import_module("tiny.training")
     pool = importlib.import_module("tiny.pool")
