@@ -203,8 +203,7 @@ class _Journal:
         quality = metrics.iou(mask, self.truth, self.ignore)
         self.best = max(self.best, quality)
         # Whether there was something to correct where the click is, in the mask that the one before had led to.
-        row, col = min(int(click.y), mask.shape[0] - 1), min(int(click.x), mask.shape[1] - 1)
-        on_error = "" if self.mask is None else int(self.mask[row, col] != click.positive)
+        on_error = "" if self.mask is None else int(not metrics.honoured(self.mask, (click,)))
         self.mask = mask
         self.rows.append(
             {
