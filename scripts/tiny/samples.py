@@ -20,7 +20,7 @@ from tiny.teacher import TeacherFeatures
 MIN_PIXELS = 24  # of the low-resolution mask: smaller objects are not asked for
 #: Drawn layered sections come so often beside other drawn scenes, and so many of them show the sign of their amplitude
 #: alone, as seismic sections often do; of other images few are made black and white.
-LAYERED = "bands"
+LAYERED = f"{SCENES} bands"
 LAYERED_WEIGHT = 3.0
 LAYERED_BLACK_AND_WHITE, BLACK_AND_WHITE = 0.5, 0.02
 
@@ -38,7 +38,7 @@ class Samples(Dataset[dict[str, Tensor]]):
                 members.setdefault(_kind(item), []).append(index)
         self.sets = list(members.values())
         weights = np.array([len(indices) ** 0.5 for indices in self.sets])
-        weights[[name == f"{SCENES} {LAYERED}" for name in members]] *= LAYERED_WEIGHT
+        weights[[name == LAYERED for name in members]] *= LAYERED_WEIGHT
         drawn = np.array([name.startswith(SCENES) for name in members])
         if drawn.all():
             scene_share = 1.0
@@ -84,7 +84,7 @@ class Samples(Dataset[dict[str, Tensor]]):
             np.ascontiguousarray(image), (out_w, out_h), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_LINEAR
         )
         if augment:
-            layered = _kind(self.pool.items[index]) == f"{SCENES} {LAYERED}"
+            layered = _kind(self.pool.items[index]) == LAYERED
             resized = _photometric(resized, rng, LAYERED_BLACK_AND_WHITE if layered else BLACK_AND_WHITE)
         framed = np.zeros((self.size, self.size, 3), np.uint8)
         framed[:out_h, :out_w] = resized
