@@ -19,6 +19,11 @@ def backbone() -> Backbone:
     return build("tiny", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def fast(backbone: Backbone) -> FastDecoder:
+    return FastDecoder(backbone.sam.mask_decoder, backbone.dense_pe)
+
+
 class Recorder(GraphedDecoder):
     """Records as CUDA does: a replay reads and writes the same places, whatever has been put there."""
 
@@ -52,8 +57,7 @@ def given(backbone: Backbone, seed: int, tokens: int, batch: int = 1) -> tuple[T
     return torch.randn(1, channels, height, width, generator=generator), sparse, dense
 
 
-def test_the_same_results_whatever_was_recorded_before(backbone: Backbone) -> None:
-    fast = FastDecoder(backbone.sam.mask_decoder, backbone.dense_pe)
+def test_the_same_results_whatever_was_recorded_before(backbone: Backbone, fast: FastDecoder) -> None:
     recorder = Recorder(fast)
     kept = []
     with torch.inference_mode():  # as a batch does; clicks come outside of it
@@ -70,8 +74,7 @@ def test_the_same_results_whatever_was_recorded_before(backbone: Backbone) -> No
     assert recorder.replays == 2 + 1 + 4  # each recording is tried once
 
 
-def test_batches_and_long_sessions_go_without(backbone: Backbone) -> None:
-    fast = FastDecoder(backbone.sam.mask_decoder, backbone.dense_pe)
+def test_batches_and_long_sessions_go_without(backbone: Backbone, fast: FastDecoder) -> None:
     recorder = Recorder(fast)
     with torch.no_grad():
         for arguments in (given(backbone, 0, 2, batch=2), given(backbone, 0, MOST_TOKENS + 1)):
@@ -79,22 +82,26 @@ def test_batches_and_long_sessions_go_without(backbone: Backbone) -> None:
     assert recorder.captured == []
 
 
-def test_a_recording_that_does_not_repeat_itself_is_not_used(
-    backbone: Backbone, caplog: pytest.LogCaptureFixture
-) -> None:
-    fast = FastDecoder(backbone.sam.mask_decoder, backbone.dense_pe)
-    recorder = Recorder(fast)
-    recorder.error = 1.0
+def decodes_and_tries_once(recorder: Recorder, fast: FastDecoder, backbone: Backbone) -> None:
     arguments = given(backbone, 0, 2)
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(recorder(*arguments).logits, fast(*arguments).logits)
     assert recorder.captured == [2]
+
+
+def test_a_recording_that_does_not_repeat_itself_is_not_used(
+    backbone: Backbone, fast: FastDecoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(fast)
+    recorder.error = 1.0
+    decodes_and_tries_once(recorder, fast, backbone)
     assert "is not used" in caplog.text
 
 
-def test_where_nothing_can_be_recorded_it_is_tried_once(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
-    fast = FastDecoder(backbone.sam.mask_decoder, backbone.dense_pe)
+def test_where_nothing_can_be_recorded_it_is_tried_once(
+    backbone: Backbone, fast: FastDecoder, caplog: pytest.LogCaptureFixture
+) -> None:
 
     class Refused(Recorder):
         def _capture(self, inputs: tuple[Tensor, Tensor, Tensor]) -> _Recording:
@@ -102,9 +109,5 @@ def test_where_nothing_can_be_recorded_it_is_tried_once(backbone: Backbone, capl
             raise RuntimeError("no memory for it")
 
     recorder = Refused(fast)
-    arguments = given(backbone, 0, 2)
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(recorder(*arguments).logits, fast(*arguments).logits)
-    assert recorder.captured == [2]
+    decodes_and_tries_once(recorder, fast, backbone)
     assert "cannot be recorded for 2 tokens (no memory for it)" in caplog.text
