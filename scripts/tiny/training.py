@@ -142,7 +142,7 @@ class Run:
     def export(self, path: Path) -> None:
         """Write the averaged weights as they ship, at the input size of the present stage."""
         resize_tiny(self.average, self.config["stages"][self._stage()]["size"])
-        images = self.step * self.config["train"]["batch"]
+        images = self.step * self.config["train"]["batch"] * parallel.world()
         save_tiny(
             self.average.eval(),
             path,
