@@ -23,7 +23,6 @@ import numpy as np
 import redis
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from evaluation import metrics
 from evaluation.calibration import calibrated, with_head
@@ -39,6 +38,7 @@ from worker.preemption import give_way, give_way_within
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image
 from worker.training import SessionOptions, Visited, train_head
+from worker.zoom import looker
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
 
     def sessions(objects: Sequence[LabelledObject], stage: str) -> Iterator[tuple[str, Session]]:
         for done, one in enumerate(_read(objects, current, skipped), 1):
-            yield one.name, _PatientSession(backbone, before, one.embedding, _NO_IMAGE, one.truth, None)
+            yield one.name, _PatientSession(backbone, before, one.embedding, _NO_IMAGE, one.truth, None, one.look)
             report(stage, done, len(objects))
 
     head = train_head(
@@ -186,16 +186,18 @@ _NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
 class _PatientSession(Session):
     """A session that lets clicks through between its own."""
 
-    def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
+    def decode(self, prompts: Prompts, before: Decoded | None = None) -> Decoded:
         give_way()
-        return super().redecode(prompts, mask_input)
+        return super().decode(prompts, before)
 
 
 @dataclass(frozen=True)
 class _Pixels:
-    """What the reading thread makes of an object: its mask at the image's size, the image as the encoder wants it."""
+    """What the reading thread makes of an object: its mask at the image's size, the image, also as the encoder wants
+    it."""
 
     truth: Mask
+    image: NDArray[np.uint8]
     resized: NDArray[np.uint8]
     original_size: tuple[int, int]
     key: str
@@ -228,7 +230,7 @@ def _read(objects: Sequence[LabelledObject], current: Runtime, skipped: dict[str
                         with current.encoding:
                             embedding = encode_resized(backbone, pixels.resized, pixels.original_size)
                     known = pixels.key, embedding
-                yield Visited(_name(one), pixels.truth, known[1], states)
+                yield Visited(_name(one), pixels.truth, known[1], states, looker(backbone, pixels.image))
         finally:
             reader.shutdown(wait=False, cancel_futures=True)
 
@@ -246,7 +248,7 @@ def _load(one: LabelledObject, current: Runtime) -> _Pixels:
     if not truth.any():
         raise JobError(f"The mask {one.region} is empty.", "Delete it, or draw it again.", 422)
     key = current.embeddings.key(data, current.backbone)
-    return _Pixels(truth, resize(current.backbone, image), (height, width), key)
+    return _Pixels(truth, image, resize(current.backbone, image), (height, width), key)
 
 
 def _name(one: LabelledObject) -> str:

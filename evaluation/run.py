@@ -23,7 +23,6 @@ from evaluation.session import HUMAN, USERS, Row, Session
 from worker import acquisition
 from worker.backbones import Backbone, build
 from worker.contract import Prompts
-from worker.embeddings import encode
 from worker.proposer import Proposer
 
 COLUMNS = (
@@ -44,6 +43,7 @@ class Setup:
     strategies: tuple[str, ...]
     clicks: int
     seeds: int
+    zoom: str = "auto"
     random_weights: bool = False
     threads: int = 1
 
@@ -68,6 +68,7 @@ def model(setup: Setup) -> tuple[Backbone, Proposer]:
         checkpoint=setup.checkpoint,
         device=setup.device,
         data_dir=setup.data_dir,
+        zoom=setup.zoom,
         random_weights=setup.random_weights,
     )
     return backbone, Proposer(backbone, head=setup.head, data_dir=setup.data_dir, stop=False)
@@ -75,10 +76,7 @@ def model(setup: Setup) -> tuple[Backbone, Proposer]:
 
 def open_session(setup: Setup, pair: Pair) -> Session:
     """Read a pair and encode its image."""
-    backbone, proposer = model(setup)
-    image = pair.read_image()
-    embedding = encode(backbone, image)
-    return Session(backbone, proposer, embedding, image, pair.read_mask(), pair.read_ignore())
+    return Session.open(*model(setup), pair)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def evaluate_pair(task: Task) -> list[Row]:
     rows: list[Row] = []
     with torch.inference_mode():
         session = open_session(setup, pair)
-        start = session.redecode(Prompts(clicks=(first_click(session.truth),)), None)
+        start = session.decode(Prompts(clicks=(first_click(session.truth),)))
         for strategy, seed in todo:
             head: Row = {"dataset": pair.dataset, "pair": pair.name, "strategy": strategy, "seed": seed}
             rows += [{**head, **row} for row in session.play(strategy, seed, setup.clicks, start)]

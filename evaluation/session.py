@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from evaluation import baselines, metrics
 from evaluation.clicker import Mask, answer, first_click, human_like_click, oracle_click
+from evaluation.datasets import Pair
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, Frame, LogitsCache, decode, decode_session
-from worker.embeddings import Embedding
+from worker.decode import Decoded, LogitsCache, decode, decode_next, decode_session
+from worker.embeddings import Embedding, encode
+from worker.frame import Frame
 from worker.masks import to_mask
 from worker.proposer import Decision, Proposer
+from worker.zoom import Look, looker
 
 Row = dict[str, object]
 
@@ -43,7 +47,8 @@ CLASSICAL: dict[str, Callable[[NDArray[np.uint8], tuple[Click, ...]], Mask]] = {
 
 @dataclass
 class Session:
-    """What every player starts from. `image`: H x W x 3 RGB uint8; `truth`, `ignore`: H x W bool."""
+    """What every player starts from. `image`: H x W x 3 RGB uint8, for the classical methods alone; `truth`, `ignore`:
+    H x W bool; `look`: encodes parts of the image."""
 
     backbone: Backbone
     proposer: Proposer
@@ -51,6 +56,14 @@ class Session:
     image: NDArray[np.uint8]
     truth: Mask
     ignore: Mask | None
+    look: Look | None = None
+
+    @classmethod
+    def open(cls, backbone: Backbone, proposer: Proposer, pair: Pair) -> Session:
+        """Read a pair and encode its image."""
+        image = pair.read_image()
+        embedding, look = encode(backbone, image), looker(backbone, image)
+        return cls(backbone, proposer, embedding, image, pair.read_mask(), pair.read_ignore(), look)
 
     def play(
         self,
@@ -82,16 +95,16 @@ class Session:
         known: LogitsCache = ByteLRU(64 * 2**20)
         for click, prompts in given[:count]:
             began = time.perf_counter()
-            decoded = decode_session(self.backbone, self.embedding, prompts, known)
-            decision = self.proposer.propose(decoded, prompts, strategy="random", redecode=self.redecode)
+            decoded = decode_session(self.backbone, self.embedding, prompts, known, look=self.look)
+            decision = self.proposer.propose(decoded, prompts, strategy="random")
             seconds = time.perf_counter() - began
             mask = to_mask(decision.logits, decoded.frame, prompts)
             journal.add(click, mask, seconds, prompts, honoured_raw=_honoured(decision.logits, decoded.frame, prompts))
         return journal.padded(count)
 
-    def redecode(self, prompts: Prompts, mask_input: Tensor | None) -> Decoded:
-        """The decoder's answer to other prompts on this image."""
-        return decode(self.backbone, self.embedding, prompts, mask_input)
+    def decode(self, prompts: Prompts, before: Decoded | None = None) -> Decoded:
+        """The decoder's answer to prompts, one click after `before`."""
+        return decode_next(self.backbone, self.embedding, prompts, before, self.look)
 
     def _interactive(
         self,
@@ -105,20 +118,21 @@ class Session:
         rng = np.random.default_rng(_hash(strategy, seed))
         following: Click | None = first_click(self.truth)
         score = gain = math.nan
-        prompts, previous = Prompts(), None
+        prompts = Prompts()
+        decoded: Decoded | None = None
         for number in range(1, count + 1):
             if following is None:
                 return
             click = following
             began = time.perf_counter()
             prompts = Prompts(clicks=(*prompts.clicks, click))
-            decoded = start if number == 1 and start is not None else self.redecode(prompts, previous)
+            decoded = start if number == 1 and start is not None else self.decode(prompts, decoded)
             # A user needs the mask alone; `random` is the cheapest proposal beside it.
             decision = self.proposer.propose(
                 decoded,
                 prompts,
                 strategy="random" if strategy in USERS else strategy,
-                redecode=self.redecode,
+                redecode=partial(decode, self.backbone, decoded.embedding),
                 seed=seed,
                 maps=watch is not None,
             )
@@ -128,7 +142,6 @@ class Session:
             journal.add(click, mask, seconds, prompts, honoured_raw=raw, score=score, gain=gain)
             if watch is not None:
                 watch(prompts, mask, decision)
-            previous = decoded.logits[None]
             if number < count:
                 following = self._next(strategy, mask, prompts, decision, rng)
                 if strategy not in USERS and decision.proposal is not None and decision.gain is not None:
@@ -150,7 +163,7 @@ class Session:
         place = baselines.ONE_SHOT.get(name)
         if place is None:
             first = Prompts(clicks=(first_click(self.truth),))
-            decoded = self.redecode(first, None)
+            decoded = self.decode(first)
             logits, frame = decoded.logits, decoded.frame
             height, width = frame.original_size
             # |logit| is monotone in entropy, and the nearest cell will do for choosing places.
@@ -161,7 +174,7 @@ class Session:
             began = time.perf_counter()
             clicks = baselines.one_shot_clicks(self.truth, number, place, np.random.default_rng(_hash(name, seed)))
             prompts = Prompts(clicks=clicks)
-            decoded = self.redecode(prompts, None)
+            decoded = self.decode(prompts)
             # The same head as the strategies: what is compared is where the clicks are.
             logits = self.proposer.propose(decoded, prompts, strategy="random").logits
             seconds = time.perf_counter() - began

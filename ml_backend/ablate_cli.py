@@ -143,7 +143,9 @@ def _setup(name: str, folder: Path, random_weights: bool, device: str | None, cl
     published = BACKBONES[kind].checkpoint
     missing = published is not None and not checkpoint_path(published, options.data_dir).exists()
     noise = missing and random_weights
-    setup = Setup(kind, checkpoint, device or options.device, "none", options.data_dir, (), clicks, 1, noise)
+    setup = Setup(
+        kind, checkpoint, device or options.device, "none", options.data_dir, (), clicks, 1, random_weights=noise
+    )
     return setup, f"{name}, random weights" if noise else name
 
 

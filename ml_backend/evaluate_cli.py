@@ -56,6 +56,7 @@ def fail(message: str) -> NoReturn:
     help="File of `bald-sam clicks export`: adds the strategy `human`, what annotators did on these objects.",
 )
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Processes.", show_default=True)
+@click.option("--zoom", type=click.Choice(["auto", "on", "off"]), help="Look at the object from near after a click.")
 @click.option("--random-weights", is_flag=True, help="Only try the mechanics of a backbone without its checkpoint.")
 @click.option("--film", default=1, type=click.IntRange(0), help="Film strips to draw per folder.", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of a table.")
@@ -74,6 +75,7 @@ def evaluate(
     limit: int | None,
     sessions: Path | None,
     jobs: int,
+    zoom: str | None,
     random_weights: bool,
     film: int,
     as_json: bool,
@@ -113,6 +115,7 @@ def evaluate(
             strategies=tuple(played),
             clicks=clicks,
             seeds=seeds,
+            zoom=zoom or settings.zoom,
             random_weights=random_weights,
             threads=1,
         )
@@ -161,6 +164,7 @@ def same_setup_or_fail(setup: Setup, out: Path, sessions: Path | None = None) ->
         "checkpoint": str(setup.checkpoint or ""),
         "head": setup.head,
         "clicks": setup.clicks,
+        "zoom": setup.zoom,
         "random_weights": setup.random_weights,
     }
     if sessions is not None:

@@ -77,6 +77,7 @@ class ThisProcess:
 @click.option("--each-point", is_flag=True, help="Every point of a CSV is an object of its own.")
 @click.option("--format", "shape", type=click.Choice(["brush", "polygon"]), default="brush", show_default=True)
 @click.option("--keep-embeddings", "keep", is_flag=True, help="As `bald-sam embed` does, for the annotators' clicks.")
+@click.option("--zoom", is_flag=True, help="Look at each object from near, as clicks do: better masks, slower.")
 @click.option("--no-proposal", is_flag=True, help="Masks only, without a proposed next click.")
 @click.option("--retry-failed", is_flag=True, help="Try again what failed before.")
 @click.option("--image-url", default=LOCAL_FILES, show_default=True, help="Address of an image in the tasks.")
@@ -108,6 +109,7 @@ def prelabel(
     each_point: bool,
     shape: str,
     keep: bool,
+    zoom: bool,
     no_proposal: bool,
     retry_failed: bool,
     image_url: str,
@@ -124,7 +126,7 @@ def prelabel(
     )
     filters = {_FILTERS.get(name, name): value for name, value in options.items() if value is not None}
     wanted = PrelabelOptions(
-        polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy, keep=keep
+        polygons=shape == "polygon", propose=not no_proposal, strategy=settings.strategy, keep=keep, zoom=zoom
     )
     if (project is None) == (images is None):
         fail("Give --project with the number of a project, or --images with a folder.")

@@ -29,13 +29,16 @@ class Settings(BaseSettings):
     checkpoint: Path | None = Field(None, description="Weights of the backbone; empty: the downloaded ones.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["auto", "float32"] = Field("auto", description="Number type of large image encoders.")
+    zoom: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether later clicks look at the object from near; auto: with tiny."
+    )
     head: str = Field("default", description="Name or path of a head; `none` for SAM's own mask.")
     strategy: str = Field("default", description="How the next click is chosen.")
     log_format: Literal["text", "json"] = Field("text", description="One line an event, for people; or JSON.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least that is logged.")
     local_roots: Roots = Field((), description="Colon-separated folders from which image paths may be read.")
     allowed_hosts: Names = Field((), description="Comma-separated private hosts from which images may be fetched.")
-    cache_mb: int = Field(512, ge=1, description="Memory for embeddings and logits in each worker, MB.")
+    cache_mb: int = Field(512, ge=1, description="Memory for embeddings, logits and images in each worker, MB.")
     embeddings_dir: Path | None = Field(None, description="Folder that keeps embeddings; `bald-sam embed` fills it.")
     embeddings_gb: float = Field(20.0, gt=0, description="Size of that folder, GB; the least recently used go.")
     max_image_mb: int = Field(64, ge=1, description="Largest image file, MB.")

@@ -207,7 +207,6 @@ def _train_folders(
     from evaluation.datasets import read_pairs, subset
     from evaluation.session import Session
     from worker.backbones import build
-    from worker.embeddings import encode
     from worker.head.fit import FitOptions
     from worker.head.store import save_head
     from worker.proposer import Proposer
@@ -224,18 +223,17 @@ def _train_folders(
         images = {pair.image for pair in apart}
         examples = [pair for pair in examples if pair.image not in images]
         model = build(
-            settings.backbone, checkpoint=settings.checkpoint, device=settings.device, data_dir=settings.data_dir
+            settings.backbone,
+            checkpoint=settings.checkpoint,
+            device=settings.device,
+            data_dir=settings.data_dir,
+            zoom=settings.zoom,
         )
         proposer = Proposer(model, head="none", data_dir=settings.data_dir)
 
         def sessions() -> Iterator[tuple[str, Session]]:
             for number, pair in enumerate(apart, 1):
-                image = pair.read_image()
-                embedding = encode(model, image)
-                yield (
-                    f"{pair.dataset}/{pair.name}",
-                    Session(model, proposer, embedding, image, pair.read_mask(), pair.read_ignore()),
-                )
+                yield f"{pair.dataset}/{pair.name}", Session.open(model, proposer, pair)
                 progress("calibrating", number, len(apart))
 
         with _shown(console) as progress:

@@ -29,7 +29,6 @@ from evaluation.learning import learn
 from evaluation.session import Session
 from worker import brush_rle
 from worker.contract import ImageRef, LabelledObject, RuntimeOptions, TrainJob
-from worker.embeddings import encode
 from worker.head.store import channels_of, find_head
 from worker.runtime import Runtime
 
@@ -83,7 +82,7 @@ def main(
         chosen = subset(apart, judge)
         curves: dict[str, list[list[float]]] = {name: [] for name in heads}
         for number, pair in enumerate(chosen, 1):
-            session = opened(pair, current)
+            session = Session.open(current.backbone, current.proposer, pair)
             for name, head in heads.items():
                 mine = replace(session, proposer=with_head(session.proposer, head))
                 rows = mine.play(session.proposer.strategy.name, seed, clicks)
@@ -115,13 +114,6 @@ def labelled(pair: Pair, task: int) -> LabelledObject:
     packed = base64.b64encode(zlib.compress(bytes(brush_rle.encode(mask)))).decode()
     image = ImageRef(url=str(pair.image.resolve()), task=task, project=1)
     return LabelledObject(image=image, region=pair.name, width=mask.shape[1], height=mask.shape[0], mask=packed)
-
-
-def opened(pair: Pair, current: Runtime) -> Session:
-    """A session on a pair, to be played with any head."""
-    image = pair.read_image()
-    embedding = encode(current.backbone, image)
-    return Session(current.backbone, current.proposer, embedding, image, pair.read_mask(), pair.read_ignore())
 
 
 def summary(curves: NDArray[np.float64]) -> dict[str, float]:

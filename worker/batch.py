@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,11 +33,13 @@ from worker.contract import (
     PrelabelResult,
 )
 from worker.embeddings import Embedding, encode_resized, resize
+from worker.frame import Window
 from worker.images import decode_image, fetch
 from worker.objects import decide, regions
 from worker.preemption import ASK_EVERY_S, give_way, give_way_within, work_beside
 from worker.runtime import Runtime
 from worker.tasks import answer, failure
+from worker.zoom import Look, looker
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,9 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     ):
         finishing: deque[Future[Answer] | PrelabelFailure] = deque()
         try:
-            for item, pixels in _ahead(items, lambda item: readers.submit(_read, item, current), READ_AHEAD * reading):
+            for item, pixels in _ahead(
+                items, lambda item: readers.submit(_read, item, options, current), READ_AHEAD * reading
+            ):
                 if lanes:
                     finishing.append(others.submit(_see_through, item, pixels, options, current))
                 else:
@@ -116,12 +121,14 @@ def _lanes(backbone: Backbone) -> int:
 
 @dataclass(frozen=True)
 class _Read:
-    """An image that was read: its embedding if it is known, else its pixels as the encoder wants them."""
+    """An image that was read: its embedding if it is known, else its pixels as the encoder wants them; `look` where
+    objects are to be looked at from near."""
 
     embedding: Embedding | None
     resized: NDArray[np.uint8] | None
     original_size: tuple[int, int]
     key: str
+    look: Look | None = None
 
 
 def _ahead(
@@ -136,16 +143,28 @@ def _ahead(
     yield from waiting
 
 
-def _read(item: PrelabelItem, current: Runtime) -> _Read:
+def _read(item: PrelabelItem, options: PrelabelOptions, current: Runtime) -> _Read:
     data = fetch(item.image, current.options)
     backbone = current.backbone
     key = current.embeddings.key(data, backbone)
     known = current.embeddings.get(key, backbone.device, remember=False)
-    if known is not None:
+    zoom = options.zoom and backbone.zoom
+    if known is not None and not zoom:
         return _Read(known, None, known.original_size, key)
     image = decode_image(data, current.options)
     height, width = image.shape[:2]
-    return _Read(None, resize(backbone, image), (height, width), key)
+    resized = resize(backbone, image) if known is None else None
+    return _Read(known, resized, (height, width), key, _look(current, image) if zoom else None)
+
+
+def _look(current: Runtime, image: NDArray[np.uint8]) -> Look:
+    encode_part, lanes = looker(current.backbone, image), _lanes(current.backbone)
+
+    def look(window: Window) -> Embedding | None:
+        with nullcontext() if lanes else current.encoding:
+            return encode_part(window)
+
+    return look
 
 
 def _attempt(
@@ -163,16 +182,17 @@ def _attempt(
         raise  # the worker's own: it must see it
     except Exception as error:
         return _failed(item, error)
-    return finishers.submit(_finish, item, embedding, options, current)
+    return finishers.submit(_finish, item, embedding, options, current, image.look)
 
 
 def _see_through(item: PrelabelItem, reading: Future[_Read], options: PrelabelOptions, current: Runtime) -> Answer:
     """Everything after reading, on a thread of `_lanes`. Small encoders need no turn: their memory is small too."""
     try:
-        embedding = _encode(reading.result(), options, current)
+        image = reading.result()
+        embedding = _encode(image, options, current)
     except Exception as error:
         return _failed(item, error)
-    return _finish(item, embedding, options, current)
+    return _finish(item, embedding, options, current, image.look)
 
 
 def _patiently(future: Future[T]) -> T:
@@ -219,11 +239,13 @@ def _encode(image: _Read, options: PrelabelOptions, current: Runtime) -> Embeddi
     return embedding
 
 
-def _finish(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> Answer:
+def _finish(
+    item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime, look: Look | None
+) -> Answer:
     """Objects, masks at full size, and their brush or outlines. Runs beside the encoder."""
     try:
         with torch.inference_mode():
-            objects = _once_more(lambda: decide(item, embedding, options, current), current)
+            objects = _once_more(lambda: decide(item, embedding, options, current, look), current)
             return regions(item, embedding.original_size, objects, options)
     except Exception as error:
         return _failed(item, error)

@@ -157,12 +157,15 @@ class PrelabelOptions(Message):
     """How a batch is answered: outlines instead of masks, and whether a next click is proposed.
 
     `keep`: embeddings go into the caches that outlast the batch (Redis, folder), so that clicks find them there.
+    `zoom`: objects with prompts are looked at from near, as in clicks, by a backbone that does so; else every object is
+    decoded from the one embedding of its image.
     """
 
     polygons: bool = False
     propose: bool = True
     strategy: str = "default"
     keep: bool = False
+    zoom: bool = False
 
 
 class PrelabelJob(Message):
@@ -376,6 +379,7 @@ class RuntimeOptions(BaseModel):
     checkpoint: Path | None = None
     device: str = "auto"
     precision: str = "auto"
+    zoom: str = "auto"
     head: str = "default"
     strategy: str = "default"
     redis_url: SecretStr | None = None

@@ -1,13 +1,10 @@
 """Prompts and an embedding to low-resolution logits, with everything that the head and the proposal need beside them.
 
-Coordinates. Original: (x, y) in pixels of the original image. Low-resolution: (col, row) in cells of the decoder's
-output, which covers the padded square input. Both are continuous, the centre of the first pixel or cell at (0.5, 0.5),
-so `int(col)` is the cell. Clicks go to the prompt encoder as `SamPredictor.predict` sends them.
+Coordinates are those of `worker.frame`. Clicks go to the prompt encoder as `SamPredictor.predict` sends them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,41 +17,19 @@ from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.contract import Prompts
 from worker.embeddings import Embedding
-
-LogitsCache = ByteLRU[tuple[str, Prompts], Tensor]
+from worker.frame import Frame
+from worker.zoom import Look, Round, carried_over, follow
 
 
 @dataclass(frozen=True)
-class Frame:
-    """How the original image lies in the low-resolution map. Sizes are (height, width)."""
+class Earlier:
+    """A round as the next one needs it: logits (h, w) float32, and how they lie on the image."""
 
-    original_size: tuple[int, int]
-    input_size: tuple[int, int]
-    lowres_size: tuple[int, int]
-    image_size: int
+    logits: Tensor
+    frame: Frame
 
-    @property
-    def _scale(self) -> tuple[float, float]:
-        """Cells per original pixel, (x, y)."""
-        (height, width), (input_height, input_width) = self.original_size, self.input_size
-        rows, columns = self.lowres_size
-        return input_width / width * columns / self.image_size, input_height / height * rows / self.image_size
 
-    def to_lowres(self, x: float, y: float) -> tuple[float, float]:
-        """Original (x, y) to low-resolution (col, row)."""
-        scale_x, scale_y = self._scale
-        return x * scale_x, y * scale_y
-
-    def to_original(self, col: float, row: float) -> tuple[float, float]:
-        """Low-resolution (col, row) to original (x, y)."""
-        scale_x, scale_y = self._scale
-        return col / scale_x, row / scale_y
-
-    @property
-    def valid(self) -> tuple[int, int]:
-        """(rows, cols): the leading part of the map whose cells touch the image; the rest is padding."""
-        (height, width), (rows, columns) = self.input_size, self.lowres_size
-        return math.ceil(height * rows / self.image_size), math.ceil(width * columns / self.image_size)
+LogitsCache = ByteLRU[tuple[str, Prompts], Earlier]
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,7 @@ class Decoded:
 
     logits: (h, w), the chosen mask; upscaled: (C, h, w) and hyper: (C,), whose inner product the logits are;
     candidates: (K, h, w) and candidate_iou: (K,), the multimask hypotheses, whichever mask was chosen.
-    colours: (3, h, w), the image itself, RGB in [0, 1].
+    colours: (3, h, w), the image itself, RGB in [0, 1]. embedding: what was decoded, to decode other prompts with.
     """
 
     logits: Tensor
@@ -74,6 +49,7 @@ class Decoded:
     candidate_iou: Tensor
     colours: Tensor
     frame: Frame
+    embedding: Embedding
 
 
 def decode(backbone: Backbone, embedding: Embedding, prompts: Prompts, mask_input: Tensor | None = None) -> Decoded:
@@ -91,8 +67,11 @@ def decode_batch(
 ) -> list[Decoded]:
     """`decode` for several prompt sets on one image in one pass.
 
-    All must have the same number of clicks, and all or none a box; they share `mask_input`. Raises ValueError.
+    All must have the same number of clicks, and all or none a box; they share `mask_input`. Of the clicks on a part of
+    an image only those count that lie in it. Raises ValueError.
     """
+    frame = _frame(backbone, embedding)
+    batch = [frame.visible(prompts) for prompts in batch]
     if any(not prompts.clicks and prompts.box is None for prompts in batch):
         raise ValueError("There is nothing to decode: give at least one click or a box.")
     if len({(len(prompts.clicks), prompts.box is None) for prompts in batch}) != 1:
@@ -109,7 +88,6 @@ def decode_batch(
     first = len(batch[0].clicks) == 1 and boxes is None and masks is None
     chosen = iou[:, 1:].argmax(dim=1) + 1 if first else torch.zeros(len(batch), dtype=torch.long, device=iou.device)
     colours = embedding.colours.to(backbone.device, torch.float32) / 255.0
-    frame = Frame(embedding.original_size, embedding.input_size, _size(candidates), backbone.image_size)
     return [
         Decoded(
             logits=candidates[i, k],
@@ -120,38 +98,69 @@ def decode_batch(
             candidate_iou=iou[i, 1:],
             colours=colours,
             frame=frame,
+            embedding=embedding,
         )
         for i, k in enumerate(chosen.tolist())
     ]
 
 
+def decode_next(
+    backbone: Backbone, embedding: Embedding, prompts: Prompts, before: Round | None, look: Look | None = None
+) -> Decoded:
+    """`decode` fed with the round before, where there was one. With `look`, which encodes parts of the image, a
+    backbone that zooms decodes the part that holds the object (`worker.zoom`); where it is, a first round finds out."""
+    if before is None:
+        first = decode(backbone, embedding, prompts)
+        near = _near(backbone, first, prompts, look)
+        return first if near is None else _fed_with(first, backbone, near, prompts)
+    return _fed_with(before, backbone, _near(backbone, before, prompts, look) or embedding, prompts)
+
+
+def _near(backbone: Backbone, before: Round, prompts: Prompts, look: Look | None) -> Embedding | None:
+    if look is None or not backbone.zoom:
+        return None
+    window = follow(before, prompts)
+    return None if window is None else look(window)
+
+
+def _fed_with(before: Round, backbone: Backbone, embedding: Embedding, prompts: Prompts) -> Decoded:
+    return decode(backbone, embedding, prompts, carried_over(before, _frame(backbone, embedding)))
+
+
 def decode_session(
-    backbone: Backbone, embedding: Embedding, prompts: Prompts, logits_cache: LogitsCache | None = None, key: str = ""
+    backbone: Backbone,
+    embedding: Embedding,
+    prompts: Prompts,
+    logits_cache: LogitsCache | None = None,
+    key: str = "",
+    look: Look | None = None,
 ) -> Decoded:
     """Answer a whole prompt list the way the clicks came: each round is fed the logits of the round before.
 
-    The box, where there is one, is the first round. The result depends on image and prompts alone: `logits_cache`
-    (under `key`, which must name image and backbone) only saves rounds that were decoded before.
-    Raises ValueError when there is no prompt.
+    The box, where there is one, is the first round. The result depends on image and prompts alone (and on whether
+    there is a `look`, see `decode_next`): `logits_cache` (under `key`, which must name image and backbone) only saves
+    rounds that were decoded before. Raises ValueError when there is no prompt.
     """
     rounds = [Prompts(clicks=prompts.clicks[:count], box=prompts.box) for count in range(len(prompts.clicks) + 1)]
     if prompts.box is None:
         rounds = rounds[1:]
     if not rounds:
         raise ValueError("There is nothing to decode: give at least one click or a box.")
-    start, mask_input = 0, None
+    start = 0
+    before: Round | None = None
     if logits_cache is not None:
         for index in range(len(rounds) - 1, 0, -1):
-            mask_input = logits_cache.get((key, rounds[index - 1]))
-            if mask_input is not None:
+            before = logits_cache.get((key, rounds[index - 1]))
+            if before is not None:
                 start = index
                 break
     for given in rounds[start:]:
-        decoded = decode(backbone, embedding, given, mask_input)
-        mask_input = decoded.logits[None]
+        decoded = decode_next(backbone, embedding, given, before, look)
+        before = decoded
         if logits_cache is not None:
             # A copy: the logits are a view that would keep every candidate mask in memory.
-            logits_cache.put((key, given), mask_input.clone(), mask_input.numel() * mask_input.element_size())
+            kept = Earlier(decoded.logits.clone(), decoded.frame)
+            logits_cache.put((key, given), kept, kept.logits.numel() * kept.logits.element_size())
     return decoded
 
 
@@ -160,22 +169,23 @@ def _to_input_frame(
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
     """Clicks (B, N, 2) with labels (B, N), and boxes (B, 4), in pixels of the padded input, or None."""
     transform, device = ResizeLongestSide(backbone.image_size), backbone.device
+    seen = _frame(backbone, embedding).seen
     points = boxes = None
     if batch[0].clicks:
-        xy = np.array([[(click.x, click.y) for click in prompts.clicks] for prompts in batch])
+        xy = np.array([[(click.x - seen.x0, click.y - seen.y0) for click in prompts.clicks] for prompts in batch])
         labels = [[int(click.positive) for click in prompts.clicks] for prompts in batch]
         points = (
-            torch.as_tensor(transform.apply_coords(xy, embedding.original_size), dtype=torch.float32, device=device),
+            torch.as_tensor(transform.apply_coords(xy, seen.size), dtype=torch.float32, device=device),
             torch.tensor(labels, dtype=torch.int, device=device),
         )
     if batch[0].box is not None:
         corners = np.array([(p.box.x0, p.box.y0, p.box.x1, p.box.y1) for p in batch if p.box is not None])
-        boxes = torch.as_tensor(
-            transform.apply_boxes(corners, embedding.original_size), dtype=torch.float32, device=device
-        )
+        corners -= np.array([seen.x0, seen.y0, seen.x0, seen.y0])
+        boxes = torch.as_tensor(transform.apply_boxes(corners, seen.size), dtype=torch.float32, device=device)
     return points, boxes
 
 
-def _size(maps: Tensor) -> tuple[int, int]:
-    height, width = maps.shape[-2:]
-    return height, width
+def _frame(backbone: Backbone, embedding: Embedding) -> Frame:
+    rows, columns = embedding.features.shape[-2:]
+    size = (4 * rows, 4 * columns)
+    return Frame(embedding.original_size, embedding.input_size, size, backbone.image_size, embedding.window)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.embedding_folder import EmbeddingFolder
+from worker.frame import Window
 from worker.precision import running_in
 from worker.preemption import until_computed
 
@@ -45,7 +46,8 @@ CHECKSUM_BYTES = 4
 @dataclass(frozen=True)
 class Embedding:
     """features: (1, C, h, w) float16; colours: (3, 4h, 4w) uint8 RGB, the padded input at the size of the mask logits;
-    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`.
+    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`. `window`: the part of the image that
+    was encoded, None for all of it; `input_size` is that of the part.
 
     Half precision halves what a cached image takes.
     """
@@ -54,6 +56,7 @@ class Embedding:
     colours: Tensor
     original_size: tuple[int, int]
     input_size: tuple[int, int]
+    window: Window | None = None
 
     @property
     def size(self) -> int:
@@ -69,6 +72,13 @@ def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
     """Encode an RGB image (H, W, 3), uint8, as `SamPredictor.set_image` does, but for the precision."""
     height, width = image.shape[:2]
     return encode_resized(backbone, resize(backbone, image), (height, width))
+
+
+def encode_window(backbone: Backbone, image: npt.NDArray[np.uint8], window: Window) -> Embedding:
+    """Encode a part of an RGB image (H, W, 3), uint8, as if it were the image."""
+    height, width = image.shape[:2]
+    part = resize(backbone, np.ascontiguousarray(image[window.slices]))
+    return replace(encode_resized(backbone, part, (height, width)), window=window)
 
 
 def resize(backbone: Backbone, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -200,6 +210,18 @@ class EmbeddingCache:
                     self.put(key, embedding)
                 finally:
                     self._drop_from_redis(PREFIX + "encoding:" + key)
+            return embedding
+
+    def window_or_encode(self, key: str, window: Window, compute: Callable[[], Embedding | None]) -> Embedding | None:
+        """The embedding of a part of the image under `key`, as `get_or_encode`, but in this process's memory alone: it
+        is of use for one object. None where `compute` finds that it cannot be had."""
+        part = f"{key}@{window.x0},{window.y0},{window.x1},{window.y1}"
+        with self._flight(part):
+            embedding = self._memory.get(part)
+            if embedding is None:
+                embedding = compute()
+                if embedding is not None:
+                    self._memory.put(part, embedding, embedding.size)
             return embedding
 
     def _wait_for_other_process(self, key: str, device: torch.device) -> Embedding | None:

@@ -17,14 +17,16 @@ PACKAGES = ("bald-sam", "torch", "torchvision", "segment-anything", "laplace-tor
 
 def facts() -> dict[str, Any]:
     """`host`, `pid`, `memory` (bytes), `versions`; once the model is loaded `backbone`, `device` and `strategy`, and
-    `caches`: `ByteLRU.usage` of `embeddings` and `logits`; on a GPU `device_memory` (bytes in use) and its total."""
+    `caches`: `ByteLRU.usage` of `embeddings`, `logits` and `images`; on a GPU `device_memory` (bytes in use) and its
+    total."""
     said: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "memory": memory()}
     said["versions"] = versions()
     runtime = sys.modules.get("worker.runtime")
     current = runtime.loaded() if runtime is not None else None
     if current is None:
         return said
-    said["caches"] = {"embeddings": current.embeddings.usage(), "logits": current.logits.usage()}
+    caches = {"embeddings": current.embeddings, "logits": current.logits, "images": current.pixels}
+    said["caches"] = {name: cache.usage() for name, cache in caches.items()}
     backbone = current.loaded_backbone
     if backbone is not None:
         said |= {"backbone": backbone.id, "device": str(backbone.device), "strategy": current.options.strategy}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worker.contract import Click, Prompts
-from worker.decode import Frame
+from worker.frame import Frame
 
 Mask = npt.NDArray[np.bool_]
 
@@ -30,13 +30,20 @@ MANY_EDGES = 32
 
 
 def to_mask(logits: Tensor, frame: Frame, prompts: Prompts, size: tuple[int, int] | None = None) -> Mask:
-    """The mask for low-resolution logits (h, w): bool of `size` (height, width), by default the original image's.
+    """The mask for low-resolution logits (h, w): bool of `size` (height, width), by default the original image's; with
+    nothing outside the frame's window.
 
     `prompts` are in original pixels. Every positive click's pixel is in the mask, every negative click's is not; of
     two opposite clicks on one pixel the later one counts.
     """
     size = size or frame.original_size
-    mask = upsample(clean(logits, frame, prompts), frame, size)
+    cleaned = clean(logits, frame, prompts)
+    if frame.window is None:
+        mask = upsample(cleaned, frame, size)
+    else:
+        window = frame.window.scaled(frame.original_size, size)
+        mask = np.zeros(size, np.bool_)
+        mask[window.slices] = upsample(cleaned, frame, window.size)
     _honour_clicks(mask, frame, prompts)
     return mask
 
@@ -65,7 +72,7 @@ def clean(logits: Tensor, frame: Frame, prompts: Prompts) -> Tensor:
 
 
 def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
-    """Threshold logits (h, w) at full size: bool of `size` (height, width), equal to `Sam.postprocess_masks` > 0.
+    """Threshold the logits (h, w) of a frame's window: bool of `size` (height, width), as `Sam.postprocess_masks` > 0.
 
     Bilinear interpolation is separable, so columns are interpolated first, and rows are sums of a few of the results:
     a small matrix product for each band of rows. An interpolated value has the sign of the values it lies between
@@ -148,7 +155,7 @@ def _cells(prompts: Prompts, frame: Frame, *, positive: bool) -> list[tuple[int,
     """(row, col) of the low-resolution cells that hold the positive or the negative clicks."""
     rows, cols = frame.valid
     cells = []
-    for click in prompts.clicks:
+    for click in frame.visible(prompts).clicks:
         if click.positive == positive:
             col, row = frame.to_lowres(click.x, click.y)
             cells.append((min(max(int(row), 0), rows - 1), min(max(int(col), 0), cols - 1)))
@@ -159,7 +166,8 @@ def _honour_clicks(mask: Mask, frame: Frame, prompts: Prompts) -> None:
     """Draw a small disc around each click that the mask contradicts, never as far as a click of the other kind."""
     height, width = mask.shape
     to_x, to_y = width / frame.original_size[1], height / frame.original_size[0]
-    radius = REPAIR_CELLS * min(width / frame.valid[1], height / frame.valid[0])
+    seen_height, seen_width = frame.seen.size
+    radius = REPAIR_CELLS * min(to_x * seen_width / frame.valid[1], to_y * seen_height / frame.valid[0])
     clicks = [Click(x=click.x * to_x, y=click.y * to_y, positive=click.positive) for click in prompts.clicks]
     for click in clicks:
         x, y = min(max(int(click.x), 0), width - 1), min(max(int(click.y), 0), height - 1)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from worker import brush_rle
 from worker.contract import ObjectPrompts, PrelabelImage, PrelabelItem, PrelabelOptions, Prompts, Proposal, Region
-from worker.decode import Decoded, Frame, decode, decode_batch, decode_session
+from worker.decode import Decoded, decode, decode_batch, decode_session
 from worker.embeddings import Embedding
 from worker.everything import segment_everything
+from worker.frame import Frame
 from worker.masks import to_mask
 from worker.outlines import prompts_of, rings
 from worker.preemption import stand_by
 from worker.runtime import Runtime
 from worker.tasks import JobError, in_image
+from worker.zoom import Look
 
 #: Single clicks that are decoded in one pass.
 DECODE_BATCH = 16
@@ -36,17 +39,19 @@ class Decided:
     proposal: Proposal | None
 
 
-def decide(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime) -> list[Decided]:
-    """Decode every object of an item, and decide on its mask and its next click."""
+def decide(
+    item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, current: Runtime, look: Look | None = None
+) -> list[Decided]:
+    """Decode every object of an item, from near with a `look`, and decide on its mask and its next click."""
     backbone, proposer = current.backbone, current.proposer_of(item.image.project)
     objects = []
-    for label, prompts, decoded in _decoded(item, embedding, current):
+    for label, prompts, decoded in _decoded(item, embedding, current, look):
         stand_by()
         decision = proposer.propose(
             decoded,
             prompts,
             strategy=options.strategy,
-            redecode=lambda others, mask: decode(backbone, embedding, others, mask),
+            redecode=partial(decode, backbone, decoded.embedding),
         )
         # A copy: the logits may be a view that would keep every candidate mask in memory.
         logits, proposal = decision.logits.clone(), decision.proposal if options.propose else None
@@ -56,7 +61,7 @@ def decide(item: PrelabelItem, embedding: Embedding, options: PrelabelOptions, c
 
 
 def _decoded(
-    item: PrelabelItem, embedding: Embedding, current: Runtime
+    item: PrelabelItem, embedding: Embedding, current: Runtime, look: Look | None
 ) -> Iterator[tuple[str | None, Prompts, Decoded]]:
     """(label, prompts in pixels of the image, what the decoder says) of each object."""
     backbone = current.backbone
@@ -64,17 +69,17 @@ def _decoded(
         for prompts, decoded in segment_everything(backbone, embedding, item.everything):
             yield item.everything.label, prompts, decoded
     given = [(one.label, known) for one in item.objects if (known := _prompts(one, item, embedding)) is not None]
-    single = [one for one in given if len(one[1].clicks) == 1 and one[1].box is None]
+    single = [one for one in given if look is None and len(one[1].clicks) == 1 and one[1].box is None]
     for start in range(0, len(single), DECODE_BATCH):
         stand_by()
         part = single[start : start + DECODE_BATCH]
         answers = decode_batch(backbone, embedding, [prompts for _, prompts in part])
         for (label, prompts), decoded in zip(part, answers, strict=True):
             yield label, prompts, decoded
-    for label, prompts in given:
-        if len(prompts.clicks) != 1 or prompts.box is not None:
+    for one in given:
+        if one not in single:
             stand_by()
-            yield label, prompts, decode_session(backbone, embedding, prompts)
+            yield *one, decode_session(backbone, embedding, one[1], look=look)
 
 
 def _prompts(one: ObjectPrompts, item: PrelabelItem, embedding: Embedding) -> Prompts | None:

@@ -85,7 +85,8 @@ class Proposer:
             maps: fill `Decision.maps`.
         """
         chosen = self.strategy if strategy in (None, "default") else acquisition.find(strategy)
-        grid = coarse(decoded)
+        grid, seed = coarse(decoded), _seed(prompts, seed)
+        prompts = decoded.frame.visible(prompts)
         state = State(
             decoded=decoded,
             coarse=grid,
@@ -94,7 +95,7 @@ class Proposer:
             posterior=self.head.posterior,
             allowed=allowed_pixels(grid, prompts),
             shows=self.head.shows,
-            seed=_seed(prompts, seed),
+            seed=seed,
             redecode=redecode,
         )
         score = chosen.score(state)

@@ -9,6 +9,7 @@ from threading import Lock, RLock
 import numpy as np
 import redis
 import torch
+from numpy.typing import NDArray
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -23,8 +24,10 @@ from worker.proposer import Proposer
 
 log = logging.getLogger(__name__)
 
-#: Share of the cache memory for the logits of earlier clicks; the rest holds embeddings.
+#: Shares of the cache memory for the logits of earlier clicks, and for images, parts of which will be encoded; the rest
+#: holds embeddings.
 LOGITS_SHARE = 1 / 8
+PIXELS_SHARE = 1 / 4
 #: Heads that are kept loaded.
 MAX_PROPOSERS = 64
 
@@ -50,7 +53,9 @@ class Runtime:
         folder = None
         if options.embeddings_dir is not None:
             folder = EmbeddingFolder(options.embeddings_dir, int(options.embeddings_gb * 1e9))
-        self.embeddings = EmbeddingCache(cache_bytes - logits_bytes, client, folder)
+        pixels_bytes = int(cache_bytes * PIXELS_SHARE)
+        self.embeddings = EmbeddingCache(cache_bytes - logits_bytes - pixels_bytes, client, folder)
+        self.pixels: ByteLRU[str, NDArray[np.uint8]] = ByteLRU(pixels_bytes)
         self.logits: LogitsCache = ByteLRU(logits_bytes)
         #: Encoders need gigabytes for a moment: one image at a time, but for a click in the middle of a batch.
         self.encoding = RLock()
@@ -105,6 +110,7 @@ class Runtime:
             device=options.device,
             data_dir=options.data_dir,
             precision=options.precision,
+            zoom=options.zoom,
         )
 
     def _proposer(self, head: str, stamp: int) -> Proposer:
@@ -127,6 +133,7 @@ class Runtime:
         """Give back what can be computed again; for when the device runs out of memory."""
         self.embeddings.clear_memory()
         self.logits.clear()
+        self.pixels.clear()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
 

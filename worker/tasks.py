@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +32,8 @@ from worker.contract import (
     SegmentResult,
 )
 from worker.decode import decode, decode_session
-from worker.embeddings import Embedding, encode
+from worker.embeddings import Embedding, encode, encode_window
+from worker.frame import Window
 from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch
 from worker.masks import to_mask
@@ -144,7 +146,10 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
     embedding, key = _embedding(job.image, current, timings)
     prompts = in_image(job.prompts, (job.height, job.width), embedding.original_size)
     with timings.stage("decode"):
-        decoded = decode_session(backbone, embedding, prompts, current.logits, key)
+        look = partial(_look, job.image, key, current, timings)
+        decoded = decode_session(backbone, embedding, prompts, current.logits, key, look)
+    if "zoom" in timings.stages:
+        timings.stages["decode"] = round(timings.stages["decode"] - timings.stages["zoom"], 3)
     logits, proposal, stopped = decoded.logits, None, None
     with timings.stage("propose"):
         try:
@@ -152,7 +157,7 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
                 decoded,
                 prompts,
                 strategy=job.strategy,
-                redecode=lambda others, mask: decode(backbone, embedding, others, mask),
+                redecode=partial(decode, backbone, decoded.embedding),
             )
         except ValueError as error:
             raise JobError(str(error), "Choose another strategy.", 422) from error
@@ -205,6 +210,8 @@ def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Emb
     def compute() -> Embedding:
         with timings.stage("decode_image"):
             pixels = decode_image(data, current.options)
+        if backbone.zoom:
+            current.pixels.put(key, pixels, pixels.nbytes)
         with current.encoding, timings.stage("encode"):
             return encode(backbone, pixels)
 
@@ -213,6 +220,28 @@ def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Emb
     if remembered:
         cache.remember_url(image.url, backbone, key)
     return embedding, key
+
+
+def _look(image: ImageRef, key: str, current: Runtime, timings: Timings, window: Window) -> Embedding | None:
+    """The embedding of a part of the image under `key`; None where the image cannot be had any more."""
+
+    def compute() -> Embedding | None:
+        pixels = current.pixels.get(key)
+        if pixels is None:
+            try:
+                data = fetch(image, current.options)
+                if current.embeddings.key(data, current.backbone) != key:
+                    return None  # another image is there now
+                pixels = decode_image(data, current.options)
+            except ImageError as error:
+                log.warning("%s is not looked at from near: %s", image.url, error.error)
+                return None
+            current.pixels.put(key, pixels, pixels.nbytes)
+        with current.encoding:
+            return encode_window(current.backbone, pixels, window)
+
+    with timings.stage("zoom"):
+        return current.embeddings.window_or_encode(key, window, compute)
 
 
 def _is_remote(url: str) -> bool:

@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from worker.acquisition.candidates import allowed_pixels
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, decode, decode_session
+from worker.decode import Decoded, decode_next, decode_session
 from worker.embeddings import Embedding, encode
 from worker.head.features import coarse, feature_names, pixel_features
 from worker.head.fit import FitOptions, Pixels, best_strength, fit_linear
 from worker.head.store import Head, channels_of
 from worker.preemption import give_way
+from worker.zoom import Look, looker
 
 Mask = NDArray[np.bool_]
 
@@ -50,12 +51,14 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Visited:
-    """An example whose image is encoded already. `states`: the prompts after each logged click, oldest first."""
+    """An example whose image is encoded already. `states`: the prompts after each logged click, oldest first. `look`:
+    encodes parts of the image."""
 
     name: str
     truth: Mask
     embedding: Embedding
     states: tuple[Prompts, ...] = ()
+    look: Look | None = None
 
 
 def collect(
@@ -92,7 +95,8 @@ def collect(
 def _visited(example: Example | Visited, backbone: Backbone) -> Visited:
     if isinstance(example, Visited):
         return example
-    return Visited(example.name, example.read_mask(), encode(backbone, example.read_image()))
+    image = example.read_image()
+    return Visited(example.name, example.read_mask(), encode(backbone, image), look=looker(backbone, image))
 
 
 def _session(
@@ -100,21 +104,21 @@ def _session(
 ) -> Iterator[tuple[Prompts, Decoded, Tensor]]:
     """(prompts, the decoder's answer on the grid, the truth there) of `count` states: logged ones, then simulated."""
     truth, embedding = example.truth, example.embedding
-    prompts, previous = Prompts(), None
+    prompts = Prompts()
+    answer: Decoded | None = None
     click: Click | None = None
     for number in range(count):
         give_way()
         if number < len(example.states):
             prompts = example.states[number]
-            answer = decode_session(backbone, embedding, prompts)
+            answer = decode_session(backbone, embedding, prompts, look=example.look)
         else:
             click = click or _start(truth, rng)
             prompts = prompts.model_copy(update={"clicks": (*prompts.clicks, click)})
-            answer = decode(backbone, embedding, prompts, previous)
+            answer = decode_next(backbone, embedding, prompts, answer, example.look)
         decoded = coarse(answer)
         labels = lowres_truth(truth, decoded)
-        yield prompts, decoded, labels
-        previous = answer.logits[None]
+        yield decoded.frame.visible(prompts), decoded, labels
         click = _next(truth, labels, decoded, prompts, rng)
         if click is None:
             return
@@ -144,10 +148,10 @@ def train_head(
 
 
 def lowres_truth(truth: Mask, decoded: Decoded) -> Tensor:
-    """The true mask in the low-resolution frame: (h, w) bool, False on padding; a cell is inside when most of it is."""
+    """The true mask (H, W) on the frame's cells: (h, w) bool, False on padding; a cell is inside when most of it is."""
     frame = decoded.frame
     rows, cols = frame.valid
-    values = torch.from_numpy(truth.astype(np.float32))[None, None]
+    values = torch.from_numpy(truth[frame.seen.slices].astype(np.float32))[None, None]
     inside = F.interpolate(values, (rows, cols), mode="area")[0, 0] > 0.5
     full = torch.zeros(decoded.logits.shape, dtype=torch.bool)
     full[:rows, :cols] = inside
@@ -172,7 +176,8 @@ def _next(truth: Mask, labels: Tensor, decoded: Decoded, prompts: Prompts, rng: 
         return None
     row, col = _draw(where.cpu().numpy(), rng)
     x, y = decoded.frame.to_original(col + 0.5, row + 0.5)
-    x, y = min(x, truth.shape[1] - 0.5), min(y, truth.shape[0] - 0.5)
+    seen = decoded.frame.seen
+    x, y = min(x, seen.x1 - 0.5), min(y, seen.y1 - 0.5)
     return Click(x=x, y=y, positive=bool(truth[int(y), int(x)]))
 
 

@@ -79,10 +79,13 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     ],
     ids=["click", "clicks", "box"],
 )
-def test_the_mask_is_that_of_the_click_path(picture: str, current: Runtime, prompts: Prompts) -> None:
+@pytest.mark.parametrize("zoom", [False, True])
+def test_the_mask_is_that_of_the_click_path(picture: str, current: Runtime, prompts: Prompts, zoom: bool) -> None:
+    current.backbone.zoom = zoom
     job = {"image": {"url": picture}, "width": WIDTH, "height": HEIGHT, "session": "s"}
     clicked = tasks.segment({**job, "prompts": prompts.model_dump()})
-    found = one([item(picture, ObjectPrompts(prompts=prompts, label="Disc"))], current)
+    found = one([item(picture, ObjectPrompts(prompts=prompts, label="Disc"))], current, zoom=True)
+    assert ("zoom" in clicked["timings"]) == zoom
     assert np.array_equal(mask_of(found), brush_rle.decode(SegmentResult.model_validate(clicked).rle, HEIGHT, WIDTH))
     assert found.regions[0].label == "Disc"
     assert found.regions[0].predicted_iou == pytest.approx(clicked["predicted_iou"], abs=1e-5)
@@ -100,7 +103,11 @@ def test_a_project_is_pre_labelled_with_its_own_head(picture: str, current: Runt
     current.heads.use("own", 7)
     prompts = Prompts(clicks=(INSIDE,))
     general, mine = (
-        one([item(picture, ObjectPrompts(prompts=prompts), image=ImageRef(url=picture, project=project))], current)
+        one(
+            [item(picture, ObjectPrompts(prompts=prompts), image=ImageRef(url=picture, project=project))],
+            current,
+            zoom=True,
+        )
         for project in (6, 7)
     )
     assert mine.regions[0].area > general.regions[0].area
@@ -123,6 +130,16 @@ def test_many_objects_a_rough_mask_and_another_frame(picture: str, current: Runt
     assert (frame.width, frame.height) == (2 * WIDTH, 2 * HEIGHT)
     same = one([item(picture, ObjectPrompts(prompts=Prompts(clicks=(INSIDE,))))], current)
     assert iou(mask_of(frame)[::2, ::2], mask_of(same)) > 0.97
+
+
+def test_nothing_is_looked_at_from_near_unless_asked(picture: str, current: Runtime) -> None:
+    near, far = (
+        one([item(picture, ObjectPrompts(prompts=Prompts(clicks=(INSIDE,))))], current, zoom=zoom)
+        for zoom in (True, False)
+    )
+    assert not np.array_equal(mask_of(near), mask_of(far))
+    current.backbone.zoom = False
+    assert one([item(picture, ObjectPrompts(prompts=Prompts(clicks=(INSIDE,))))], current, zoom=True) == far
 
 
 def test_polygons_cover_the_mask(picture: str, current: Runtime) -> None:

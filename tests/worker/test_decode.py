@@ -13,7 +13,7 @@ from segment_anything import SamPredictor, sam_model_registry
 from worker.backbones import Backbone, build
 from worker.byte_lru import ByteLRU
 from worker.contract import Box, Click, Prompts
-from worker.decode import Frame, LogitsCache, decode, decode_batch, decode_session
+from worker.decode import LogitsCache, decode, decode_batch, decode_session
 from worker.embeddings import Embedding, encode
 
 torch.set_num_threads(2)
@@ -131,12 +131,3 @@ def test_session_is_pure(box: Box | None) -> None:
     moved = Prompts(clicks=(clicks[0], clicks[2], clicks[3]), box=box)
     expected = decode_session(backbone, embedding, moved)
     assert torch.equal(decode_session(backbone, embedding, moved, warm, "image").logits, expected.logits)
-
-
-def test_frame_round_trip_and_padding() -> None:
-    frame = Frame(original_size=(701, 933), input_size=(769, 1024), lowres_size=(256, 256), image_size=1024)
-    col, row = frame.to_lowres(933.0, 701.0)
-    assert (col, row) == pytest.approx((256.0, 192.25))
-    assert frame.valid == (193, 256)
-    for x, y in [(0.0, 0.0), (0.5, 0.5), (411.3, 700.9)]:
-        assert frame.to_original(*frame.to_lowres(x, y)) == pytest.approx((x, y))

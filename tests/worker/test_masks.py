@@ -8,7 +8,7 @@ from torch import Tensor
 
 from worker.backbones.tiny import build_tiny
 from worker.contract import Click, Prompts
-from worker.decode import Frame
+from worker.frame import Frame
 from worker.masks import clean, to_mask, upsample
 
 

@@ -180,6 +180,47 @@ def test_embed_encodes_ahead(picture: str, tmp_path: Path) -> None:
     assert "encode" not in tasks.segment(_job(picture, *CLICKS))["timings"]
 
 
+def test_the_object_is_looked_at_from_near(picture: str, tmp_path: Path) -> None:
+    result = tasks.segment(_job(picture, *CLICKS[:1]))
+    assert result["timings"]["zoom"] > 0
+    assert result["timings"]["decode"] > 0
+    again = tasks.segment(_job(picture, *CLICKS[:1]))
+    assert again["rle"] == result["rle"]
+    _restart(tmp_path, zoom="off")
+    whole = tasks.segment(_job(picture, *CLICKS[:1]))
+    assert "zoom" not in whole["timings"]
+    assert whole["rle"] != result["rle"]
+
+
+def test_parts_of_an_image_that_memory_has_lost_are_read_again(picture: str, tmp_path: Path) -> None:
+    warm = [tasks.segment(_job(picture, *CLICKS[:count])) for count in (1, 2, 3)]
+    current = runtime.runtime()
+    current.pixels.clear()
+    current.logits.clear()
+    current.embeddings.clear_memory()
+    assert tasks.segment(_job(picture, *CLICKS))["rle"] == warm[-1]["rle"]
+    assert len(current.pixels) == 1
+
+
+@pytest.mark.parametrize("now", ["gone", "another"])
+def test_an_image_that_is_gone_is_answered_as_a_whole(
+    now: str, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "_is_remote", lambda _url: True)  # embeddings of such are found without a request
+    _restart(tmp_path, zoom="off")
+    whole = tasks.segment(_job(picture, *CLICKS))
+    _restart(tmp_path)
+    assert tasks.embed({"images": [{"url": picture}]})["done"] == 1
+    runtime.runtime().pixels.clear()
+    if now == "gone":
+        Path(picture).unlink()
+    else:
+        Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(picture)
+    result = tasks.segment(_job(picture, *CLICKS))
+    assert result["rle"] == whole["rle"]
+    assert ("is not looked at from near" in caplog.text) == (now == "gone")
+
+
 def test_warm_up_loads_everything() -> None:
     runtime.warm_up()
     assert runtime.runtime().proposer.model_version.startswith("tiny-")

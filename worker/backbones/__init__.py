@@ -30,19 +30,22 @@ MOBILE = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/"
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A kind of backbone. `checkpoint` is None for the one whose weights ship with this package."""
+    """A kind of backbone. `checkpoint` is None for the one whose weights ship with this package. `zoom`: whether it
+    looks at parts of an image unless told otherwise, see `worker.zoom`; that costs an encode now and then."""
 
     name: str
     builder: Callable[[], Sam]
     checkpoint: Checkpoint | None
     source: str
+    zoom: bool = False
 
 
 @dataclass
 class Backbone:
     """A frozen model, ready to run. `id` names its exact weights: `<name>-<12 hex digits of their SHA-256>`.
 
-    `precision`: 16-bit type of the image encoder, None for float32.
+    `precision`: 16-bit type of the image encoder, None for float32. `zoom`: whether later clicks are decoded on the
+    part of the image that holds the object.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Backbone:
     device: torch.device
     id: str
     precision: torch.dtype | None = None
+    zoom: bool = False
 
     @property
     def embedding_id(self) -> str:
@@ -83,7 +87,7 @@ class Backbone:
 BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
-        BackboneSpec("tiny", build_tiny, None, "trained by this project; ships with it"),
+        BackboneSpec("tiny", build_tiny, None, "trained by this project; ships with it", zoom=True),
         BackboneSpec(
             "mobile_sam",
             build_mobile_sam,
@@ -143,6 +147,7 @@ def build(
     device: str = "auto",
     data_dir: Path | None = None,
     precision: str = "float32",
+    zoom: str = "auto",
     random_weights: bool = False,
     seed: int = 0,
 ) -> Backbone:
@@ -150,7 +155,8 @@ def build(
 
     `checkpoint`: weights of the same architecture from elsewhere (a fine-tuned model); any hash is accepted, unknown or
     missing tensors are not. Without it the published file is taken from `data_dir`/checkpoints and must have the
-    published SHA-256. `precision`: of the encoder, see `worker.precision`. `random_weights`: seeded noise of the real
+    published SHA-256. `precision`: of the encoder, see `worker.precision`. `zoom`: on, off, or auto, which suits the
+    backbone. `random_weights`: seeded noise of the real
     architecture, for tests and benchmarks.
     Raises ValueError (unknown name, device or precision) or CheckpointError, both saying what to do.
     """
@@ -166,7 +172,8 @@ def build(
     sam.requires_grad_(False)
     accelerate(sam)
     encoder = encoder_precision(sam, target, precision)
-    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder)
+    zooms = spec.zoom if zoom == "auto" else zoom == "on"
+    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms)
 
 
 def resolve_device(device: str) -> torch.device:

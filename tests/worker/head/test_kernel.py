@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from worker.contract import Click, Prompts
-from worker.decode import Decoded, Frame
+from worker.decode import Decoded
+from worker.embeddings import Embedding
+from worker.frame import Frame
 from worker.head.features import coarse
 from worker.head.kernel import AMPLITUDE, COLOUR, JITTER, LENGTH, ClickKernel, click_cells
 from worker.head.linear import CLICK_WEIGHT, LinearPosterior
@@ -24,7 +26,8 @@ def _decoded(side: int = 32) -> Decoded:
     colours = torch.rand((3, side, side), generator=generator)
     frame = Frame((100, 128), (50, 64), (side, side), 64)
     none = torch.zeros(1, side, side)
-    return Decoded(none[0], 0.5, none, torch.zeros(1), none, torch.zeros(1), colours, frame)
+    embedding = Embedding(none, none, (100, 128), (50, 64))
+    return Decoded(none[0], 0.5, none, torch.zeros(1), none, torch.zeros(1), colours, frame, embedding)
 
 
 def _reference(decoded: Decoded, prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
