@@ -5,7 +5,8 @@
 
 The clicker is `evaluation.clicker.oracle_click` (the deepest wrong pixel); no head, no proposals. It takes a fraction
 of the time of `bald-sam evaluate --strategies oracle --head none`, which asks the same question through the product.
-`--speed` times the encoder and five clicks on one 1024 x 768 picture, for `tiny` and for ViT-B with random weights.
+`--whole`: the object is never looked at from near. `--speed` times the encoder and five clicks on one 1024 x 768
+picture, for `tiny`, from near and not, and for ViT-B with random weights.
 """
 
 from __future__ import annotations
@@ -18,70 +19,77 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
-from segment_anything import SamPredictor, sam_model_registry
 
 from evaluation.clicker import first_click, oracle_click
 from evaluation.datasets import Pair, read_pairs, subset
 from evaluation.metrics import iou
-from worker.backbones.tiny import load_tiny
-
-SHIPPED = Path(__file__).parent.parent / "worker" / "weights" / "tiny.safetensors"
+from worker.backbones import TINY_WEIGHTS, Backbone, build
+from worker.contract import Click, Prompts
+from worker.decode import Decoded, decode_next
+from worker.embeddings import encode
+from worker.masks import to_mask
+from worker.zoom import looker
 
 
 @torch.inference_mode()
-def click_through(predictor: SamPredictor, pair: Pair, clicks: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def click_through(backbone: Backbone, pair: Pair, clicks: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """True and predicted IoU after each of `clicks` clicks; an object without any error left keeps its last values."""
-    truth, ignore = pair.read_mask(), pair.read_ignore()
-    predictor.set_image(pair.read_image())
-    given, low, true, predicted = [first_click(truth)], None, [], []
-    while len(true) < clicks:
-        masks, scores, logits = predictor.predict(
-            np.array([(click.x, click.y) for click in given]),
-            np.array([int(click.positive) for click in given]),
-            mask_input=low,
-            multimask_output=low is None,
-        )
-        best = int(scores.argmax())
-        low = logits[best : best + 1]
-        true.append(iou(masks[best], truth, ignore))
-        predicted.append(float(scores[best]))
-        click = oracle_click(truth, masks[best], tuple(given), ignore)
-        if click is None:
-            break
-        given.append(click)
+    truth, ignore, image = pair.read_mask(), pair.read_ignore(), pair.read_image()
+    embedding, look = encode(backbone, image), looker(backbone, image)
+    prompts = Prompts()
+    true: list[float] = []
+    predicted: list[float] = []
+    decoded: Decoded | None = None
+    click: Click | None = first_click(truth)
+    while click is not None and len(true) < clicks:
+        prompts = Prompts(clicks=(*prompts.clicks, click))
+        decoded = decode_next(backbone, embedding, prompts, decoded, look)
+        mask = to_mask(decoded.logits, decoded.frame, prompts)
+        true.append(iou(mask, truth, ignore))
+        predicted.append(decoded.predicted_iou)
+        click = oracle_click(truth, mask, prompts.clicks, ignore)
     missing = clicks - len(true)
     return np.array(true + true[-1:] * missing), np.array(predicted + predicted[-1:] * missing)
 
 
 @torch.inference_mode()
 def speed(rounds: int) -> None:
-    """Print seconds for `set_image` and five clicks, `tiny` and ViT-B in turn, and the ratio of the fastest rounds."""
-    image = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
-    models = {"tiny": load_tiny(SHIPPED), "vit_b": sam_model_registry["vit_b"]().eval()}
+    """Print seconds for an encoded image and five clicks, of each model in turn, and how much quicker `tiny` is, of the
+    fastest rounds."""
+    rows, cols = np.mgrid[:768, :1024]
+    image = np.random.default_rng(0).integers(0, 90, (768, 1024, 3), dtype=np.uint8)
+    image[(rows - 300) ** 2 + (cols - 400) ** 2 < 120**2] += 120
+    places = [(400, 300, True), (560, 310, False), (320, 250, True), (400, 170, False), (470, 340, True)]
+    clicks = tuple(Click(x=float(x), y=float(y), positive=positive) for x, y, positive in places)
+    models = {
+        "tiny": build("tiny", device="cpu"),
+        "tiny, the whole image alone": build("tiny", device="cpu", zoom="off"),
+        "vit_b": build("vit_b", device="cpu", random_weights=True),
+    }
     best = dict.fromkeys(models, float("inf"))
     for _ in range(rounds):
-        for name, sam in models.items():
-            predictor, began, low = SamPredictor(sam), time.perf_counter(), None
-            predictor.set_image(image)
+        for name, backbone in models.items():
+            began = time.perf_counter()
+            embedding, look = encode(backbone, image), looker(backbone, image)
+            decoded: Decoded | None = None
             for count in range(1, 6):
-                points = np.array([(100.0 * (n + 1), 80.0 * (n + 1)) for n in range(count)])
-                _, scores, logits = predictor.predict(
-                    points, np.ones(count), mask_input=low, multimask_output=count == 1
-                )
-                low = logits[scores.argmax()][None]
+                prompts = Prompts(clicks=clicks[:count])
+                decoded = decode_next(backbone, embedding, prompts, decoded, look)
+                to_mask(decoded.logits, decoded.frame, prompts)
             best[name] = min(best[name], time.perf_counter() - began)
-    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in best.items())
-    print(f"encode and 5 clicks, fastest of {rounds}: {times}, ratio {best['vit_b'] / best['tiny']:.0f}")
+    for name, seconds in best.items():
+        print(f"encode and 5 clicks, {name}: {seconds:.2f} s, 1/{best['vit_b'] / seconds:.0f} of vit_b")
 
 
 def main() -> None:
     """Print one row for each data set, one for their mean, and one for all objects whatever their set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*")
-    parser.add_argument("--weights", type=Path, default=SHIPPED)
+    parser.add_argument("--weights", type=Path, default=TINY_WEIGHTS)
     parser.add_argument("--clicks", type=int, default=15)
     parser.add_argument("--limit", type=int, default=None, help="objects per data set, evenly spaced")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--whole", action="store_true", help="do not look at the object from near")
     parser.add_argument("--speed", action="store_true", help="time encoder and clicks beside ViT-B's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -89,13 +97,13 @@ def main() -> None:
         speed(rounds=3)
     if not options.folders:
         return
-    predictor = SamPredictor(load_tiny(options.weights))
+    backbone = build("tiny", checkpoint=options.weights, device="cpu", zoom="off" if options.whole else "on")
     shown = [click for click in (1, 2, 3, 5, 10, 15) if click <= options.clicks]
     print("| set | objects | " + " | ".join(f"click {c}" for c in shown) + " | last minus best | Spearman |")
     print("|---" * (len(shown) + 4) + "|")
     curves, every = [], []
     for folder in options.folders:
-        measured = [click_through(predictor, p, options.clicks) for p in subset(read_pairs(folder), options.limit)]
+        measured = [click_through(backbone, p, options.clicks) for p in subset(read_pairs(folder), options.limit)]
         true, predicted = (np.stack(values) for values in zip(*measured, strict=True))
         every.append((true, predicted))
         curves.append((folder.name, len(true), true.mean(0), spearmanr(true.ravel(), predicted.ravel()).statistic))
