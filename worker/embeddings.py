@@ -74,11 +74,15 @@ def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
     return encode_resized(backbone, resize(backbone, image), (height, width))
 
 
-def encode_window(backbone: Backbone, image: npt.NDArray[np.uint8], window: Window) -> Embedding:
-    """Encode a part of an RGB image (H, W, 3), uint8, as if it were the image."""
+def encode_window(
+    backbone: Backbone, image: npt.NDArray[np.uint8], window: Window, original_size: tuple[int, int]
+) -> Embedding:
+    """Encode a part of an RGB image (H, W, 3), uint8, as if it were the image. The array may be smaller than the
+    original image, of `original_size` (height, width), in whose pixels `window` is."""
     height, width = image.shape[:2]
-    part = resize(backbone, np.ascontiguousarray(image[window.slices]))
-    return replace(encode_resized(backbone, part, (height, width)), window=window)
+    part = image[window.scaled(original_size, (height, width)).slices]
+    encoded = encode_resized(backbone, resize(backbone, np.ascontiguousarray(part)), original_size)
+    return replace(encoded, window=window)
 
 
 def resize(backbone: Backbone, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from rq.timeouts import BaseTimeoutException
 
@@ -38,6 +39,7 @@ from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch
 from worker.masks import to_mask
 from worker.runtime import NotConfiguredError, Runtime, runtime
+from worker.zoom import shrunk
 
 log = logging.getLogger(__name__)
 J = TypeVar("J", bound=Message)
@@ -146,7 +148,7 @@ def _segment(job: SegmentJob, current: Runtime) -> SegmentResult:
     embedding, key = _embedding(job.image, current, timings)
     prompts = in_image(job.prompts, (job.height, job.width), embedding.original_size)
     with timings.stage("decode"):
-        look = partial(_look, job.image, key, current, timings)
+        look = partial(_look, job.image, key, embedding.original_size, current, timings)
         decoded = decode_session(backbone, embedding, prompts, current.logits, key, look)
     if "zoom" in timings.stages:
         timings.stages["decode"] = round(timings.stages["decode"] - timings.stages["zoom"], 3)
@@ -211,7 +213,7 @@ def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Emb
         with timings.stage("decode_image"):
             pixels = decode_image(data, current.options)
         if backbone.zoom:
-            current.pixels.put(key, pixels, pixels.nbytes)
+            _keep_pixels(key, pixels, current)
         with current.encoding, timings.stage("encode"):
             return encode(backbone, pixels)
 
@@ -222,8 +224,10 @@ def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Emb
     return embedding, key
 
 
-def _look(image: ImageRef, key: str, current: Runtime, timings: Timings, window: Window) -> Embedding | None:
-    """The embedding of a part of the image under `key`; None where the image cannot be had any more."""
+def _look(
+    image: ImageRef, key: str, size: tuple[int, int], current: Runtime, timings: Timings, window: Window
+) -> Embedding | None:
+    """The embedding of a part of the image under `key`, which has `size`; None where it cannot be had any more."""
 
     def compute() -> Embedding | None:
         pixels = current.pixels.get(key)
@@ -232,16 +236,21 @@ def _look(image: ImageRef, key: str, current: Runtime, timings: Timings, window:
                 data = fetch(image, current.options)
                 if current.embeddings.key(data, current.backbone) != key:
                     return None  # another image is there now
-                pixels = decode_image(data, current.options)
+                pixels = _keep_pixels(key, decode_image(data, current.options), current)
             except ImageError as error:
                 log.warning("%s is not looked at from near: %s", image.url, error.error)
                 return None
-            current.pixels.put(key, pixels, pixels.nbytes)
         with current.encoding:
-            return encode_window(current.backbone, pixels, window)
+            return encode_window(current.backbone, pixels, window, size)
 
     with timings.stage("zoom"):
         return current.embeddings.window_or_encode(key, window, compute)
+
+
+def _keep_pixels(key: str, image: NDArray[np.uint8], current: Runtime) -> NDArray[np.uint8]:
+    pixels = shrunk(image)
+    current.pixels.put(key, pixels, pixels.nbytes)
+    return pixels
 
 
 def _is_remote(url: str) -> bool:

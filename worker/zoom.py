@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ LEAST_ZOOM = 1.3
 LEAST_SIDE = 64
 #: The part stays as it is while the one that is called for lies in it and is not much shorter than it.
 KEEP = 0.6
+#: Longest side of what parts are cut from, pixels.
+MOST_SIDE = 4096
 #: The logit of what an earlier part did not show.
 UNSEEN = -10.0
 #: Bytes of encoded parts that are kept for one image outside a worker.
@@ -130,14 +133,25 @@ def _places(count: int, frame: Frame, old: Frame, axis: int) -> Tensor:
     return to_zero + (to_one - to_zero) * original
 
 
+def shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What parts of an image (H, W, 3) are cut from: the image, or where it is huge a smaller copy that can be kept."""
+    height, width = image.shape[:2]
+    shrink = MOST_SIDE / max(height, width)
+    if shrink >= 1:
+        return image
+    size = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def looker(backbone: Backbone, image: NDArray[np.uint8]) -> Look:
     """Encodes parts of an image (H, W, 3), uint8 RGB, that is at hand; the latest are kept."""
+    original_size, pixels = (image.shape[0], image.shape[1]), shrunk(image)
     kept: ByteLRU[Window, Embedding] = ByteLRU(KEPT)
 
     def look(window: Window) -> Embedding:
         known = kept.get(window)
         if known is None:
-            known = encode_window(backbone, image, window)
+            known = encode_window(backbone, pixels, window, original_size)
             kept.put(window, known, known.size)
         return known
 

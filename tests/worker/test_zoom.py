@@ -140,7 +140,7 @@ def test_a_part_is_decoded_as_an_image_of_its_own() -> None:
     backbone, _ = _model()
     part = Window(400, 120, 620, 300)
     alone = encode(backbone, np.ascontiguousarray(_image()[part.slices]))
-    within = encode_window(backbone, _image(), part)
+    within = encode_window(backbone, _image(), part, SIZE)
     assert within.original_size == SIZE
     assert torch.equal(within.features, alone.features)
     clicks = (Click(x=500.0, y=200.0), Click(x=610.0, y=130.0, positive=False))
@@ -153,6 +153,19 @@ def test_a_part_is_decoded_as_an_image_of_its_own() -> None:
     assert not np.delete(mask, np.s_[120:300], axis=0).any()
     assert not np.delete(mask, np.s_[400:620], axis=1).any()
     assert np.array_equal(mask[part.slices], to_mask(other.logits, other.frame, Prompts(clicks=moved)))
+
+
+def test_parts_of_a_huge_image_are_cut_from_a_smaller_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, _ = _model()
+    assert zoom.shrunk(_image()) is _image()
+    monkeypatch.setattr(zoom, "MOST_SIDE", 400)
+    half = zoom.shrunk(_image())
+    assert half.shape == (300, 400, 3)
+    assert half[200:, 100:].mean() == pytest.approx(_image()[400:, 200:].mean(), abs=0.5)
+    found = zoom.looker(backbone, _image())(Window(400, 120, 620, 300))
+    assert found is not None
+    assert (found.original_size, found.window) == (SIZE, Window(400, 120, 620, 300))
+    assert torch.equal(found.features, encode(backbone, np.ascontiguousarray(half[60:150, 200:310])).features)
 
 
 def test_a_small_object_is_cut_out_better_from_near() -> None:
