@@ -246,9 +246,12 @@ class _Journal:
 def _honoured(logits: Tensor, frame: Frame, prompts: Prompts) -> float:
     """Share of the clicks that the logits' own sign answers, before the mask is repaired around those it does not."""
     inside = (logits > 0).cpu().numpy()
-    at = [frame.to_lowres(click.x, click.y) for click in prompts.clicks]
-    cells = (Click(x=col, y=row, positive=c.positive) for (col, row), c in zip(at, prompts.clicks, strict=True))
-    return metrics.honoured(inside, tuple(cells))
+    # Outside of the window there is no mask, and no positive click (`zoom.follow`).
+    clicks = frame.visible(prompts).clicks
+    at = [frame.to_lowres(click.x, click.y) for click in clicks]
+    cells = (Click(x=col, y=row, positive=c.positive) for (col, row), c in zip(at, clicks, strict=True))
+    missed = (1.0 - metrics.honoured(inside, tuple(cells))) * len(clicks)
+    return 1.0 - missed / len(prompts.clicks)
 
 
 def _text(value: float) -> str:
