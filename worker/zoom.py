@@ -26,13 +26,14 @@ from worker.embeddings import Embedding, encode_window
 from worker.frame import Frame, Window
 from worker.masks import clean
 
-#: What is added around the object on both sides together, in parts of its longer side.
-MARGIN = 0.8
+#: What is added around the object on both sides together, in parts of its longer side; and how much of that must be
+#: left for a part to stay as it is: half the encodes, as parts would otherwise move by a few pixels with most clicks.
+MARGIN, LEAST_MARGIN = 0.8, 0.4
 #: Nothing is gained where the part is hardly smaller than the image: this many times at least.
 LEAST_ZOOM = 1.3
 #: Shortest side of a part, pixels, unless the image is smaller.
 LEAST_SIDE = 64
-#: The part stays as it is while the one that is called for lies in it and is not much shorter than it.
+#: Nor does it stay where the one that is called for has a longer side of less than this share of its own.
 KEEP = 0.6
 #: Longest side of what parts are cut from, pixels.
 MOST_SIDE = 4096
@@ -60,12 +61,12 @@ def follow(before: Round, prompts: Prompts) -> Window | None:
     if around is None:
         return None
     size, current = before.frame.original_size, before.frame.window
-    wanted = _wider(around, size)
+    wanted = _wider(around, MARGIN, size)
     if max(size) < LEAST_ZOOM * max(wanted.size):
         return None
-    if current is not None and current.covers(wanted) and max(wanted.size) > KEEP * max(current.size):
-        return current
-    return wanted
+    if current is None or max(wanted.size) <= KEEP * max(current.size):
+        return wanted
+    return current if current.covers(_wider(around, LEAST_MARGIN, size)) else wanted
 
 
 def _around(before: Round, prompts: Prompts) -> tuple[float, float, float, float] | None:
@@ -89,10 +90,10 @@ def _around(before: Round, prompts: Prompts) -> tuple[float, float, float, float
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _wider(around: tuple[float, float, float, float], size: tuple[int, int]) -> Window:
+def _wider(around: tuple[float, float, float, float], margin: float, size: tuple[int, int]) -> Window:
     """The part about (x0, y0, x1, y1) with a margin, as far as an image of `size` (height, width) goes."""
     x0, y0, x1, y1 = around
-    more = MARGIN * max(x1 - x0, y1 - y0)
+    more = margin * max(x1 - x0, y1 - y0)
     (left, right), (top, bottom) = (
         _longer(low, high, max(more, LEAST_SIDE - (high - low)), length)
         for low, high, length in ((x0, x1, size[1]), (y0, y1, size[0]))

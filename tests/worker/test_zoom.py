@@ -92,22 +92,17 @@ def test_nothing_to_follow_without_an_object() -> None:
 
 
 def test_the_part_stays_while_it_will_do() -> None:
-    part = Window(300, 100, 620, 340)
-    small = _round(part, inside=(slice(20, 44), slice(16, 40)))  # x 380 to 500, y 200 to 320: wants 336 x 336 less edge
-    wanted = zoom.follow(Earlier(_whole_like(small), _round().frame), Prompts(clicks=(Click(x=440, y=260),)))
-    assert wanted is not None
-    assert not part.covers(wanted)
-    assert zoom.follow(small, Prompts(clicks=(Click(x=440, y=260),))) != part
+    part = Window(300, 100, 620, 340)  # five pixels a cell
     fits = _round(part, inside=(slice(12, 34), slice(20, 44)))  # x 400 to 520, y 160 to 270
     assert zoom.follow(fits, Prompts(clicks=(Click(x=440, y=200),))) == part
+    # A fifth of 120 pixels must be left on each side.
+    for bottom, stays in ((310.0, True), (317.0, False)):
+        found = zoom.follow(fits, Prompts(clicks=(Click(x=440, y=200), Click(x=440, y=bottom))))
+        assert (found == part) == stays
     shrunk = _round(part, inside=(slice(20, 24), slice(30, 34)))
     again = zoom.follow(shrunk, Prompts(clicks=(Click(x=460, y=210),)))
     assert again is not None
     assert max(again.size) < zoom.KEEP * max(part.size)
-
-
-def _whole_like(one: Earlier) -> torch.Tensor:
-    return zoom.carried_over(one, _round().frame)[0]
 
 
 @pytest.mark.parametrize("old", [None, Window(100, 50, 700, 450)])
