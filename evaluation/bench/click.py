@@ -21,8 +21,17 @@ from worker.backbones import Backbone
 
 #: Clicks on one object, (x %, y %, positive); timed after each.
 CLICKS = ((50.0, 50.0, True), (20.0, 30.0, False), (62.0, 41.0, True), (80.0, 75.0, False))
+#: Each time they lie this much further right and down, percent, so that no part of the image that a click needs is
+#: encoded already.
+STEP, STEPS = 0.4, 20
 #: Before each, seconds: what a server does after an answer (the click log) does not count for the next one.
 PAUSE_S = 0.1
+
+
+def clicks_of(number: int) -> list[tuple[float, float, bool]]:
+    """`CLICKS` on the object of this number."""
+    move = STEP * (number % STEPS)
+    return [(x + move, y + move, positive) for x, y, positive in CLICKS]
 
 
 class Stock:
@@ -137,7 +146,7 @@ def _one(
     for turn in range(-1, rounds):
         session = f"s{task}-{turn}"
         for count in range(1, len(CLICKS) + 1):
-            given = list(CLICKS[:count])
+            given = clicks_of(turn + 1)[:count]
             for way in (*pages, "decoder", "stock"):
                 time.sleep(PAUSE_S)
                 if way in pages:

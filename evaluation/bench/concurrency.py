@@ -12,7 +12,7 @@ import redis
 from rq import Queue as RqQueue
 from rq.serializers import JSONSerializer
 
-from evaluation.bench.click import CLICKS
+from evaluation.bench.click import CLICKS, clicks_of
 from evaluation.bench.server import Page, Server, has_redis, shared
 from evaluation.bench.setup import Bench, summary
 from worker.contract import (
@@ -81,8 +81,8 @@ def _annotate(bench: Bench, server: Server, count: int, seconds: float) -> list[
             with server.page() as page:
                 turn = 0
                 while time.monotonic() < until or not times[number]:
-                    given = list(CLICKS[: 1 + turn % len(CLICKS)])
-                    session = f"{count}-{number}-{turn // len(CLICKS)}"
+                    done, last = divmod(turn, len(CLICKS))
+                    given, session = clicks_of(done + 1)[: last + 1], f"{count}-{number}-{done}"
                     times[number].append(page.click(_image_of(bench, number), number, session, given))
                     turn += 1
                     time.sleep(rng.uniform(*THINK_S))
@@ -122,7 +122,7 @@ def _beside_a_batch(bench: Bench, name: str, server: Server, page: Page) -> dict
             part = PrelabelJob(items=tuple(items[start : start + 4]))
             queue.enqueue_call(PRELABEL, args=(part.model_dump(mode="json"),), timeout=3600, result_ttl=60)
         time.sleep(min(1.0, encode_ms / 1000))
-        busy = _clicks(page, image, "busy", rounds)
+        busy = _clicks(page, image, "busy", rounds, first=rounds)
         left = queue.count
         queue.empty()  # type: ignore[no-untyped-call]
     return {
@@ -135,12 +135,13 @@ def _beside_a_batch(bench: Bench, name: str, server: Server, page: Page) -> dict
     }
 
 
-def _clicks(page: Page, image: Any, session: str, rounds: int) -> list[float]:
+def _clicks(page: Page, image: Any, session: str, rounds: int, first: int = 0) -> list[float]:
+    """Milliseconds of clicks on objects that were not clicked on before: those from number `first` on."""
     rng = np.random.default_rng(0)
     times = []
     for turn in range(rounds):
-        given = list(CLICKS[: 1 + turn % len(CLICKS)])
-        times.append(page.click(image, 0, f"{session}-{turn // len(CLICKS)}", given))
+        done, last = divmod(turn, len(CLICKS))
+        times.append(page.click(image, 0, f"{session}-{done}", clicks_of(first + done + 1)[: last + 1]))
         time.sleep(rng.uniform(0.2, 0.8))
     return times
 

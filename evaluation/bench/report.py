@@ -21,7 +21,7 @@ TITLE = "# Speed: what was measured\n"
 PICTURE = "performance.png"
 WAYS = ("embedded", "rq", "decoder", "stock")
 #: Stages of a click in their order; `http_and_json` is what is left of the request.
-STAGES = ("fetch", "look_up", "embedding", "decode", "propose", "mask", "rle", "http_and_json")
+STAGES = ("fetch", "look_up", "embedding", "zoom", "decode", "propose", "mask", "rle", "http_and_json")
 
 
 def machine(device: str) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _stages(axes: Any, found: dict[str, Any]) -> None:
         (f"{backbone}\n{size}", stages) for backbone, sizes in found["stages"].items() for size, stages in sizes.items()
     ]
     bottom = [0.0] * len(bars)
-    for stage, colour in zip(STAGES, COLOURS, strict=True):
+    for stage, colour in zip(STAGES, (*COLOURS, "#7F3C8D"), strict=True):
         heights = [stages[stage]["p50"] if stage in stages else 0.0 for _, stages in bars]
         if any(heights):
             axes.bar(range(len(bars)), heights, bottom=bottom, label=stage, color=colour)
