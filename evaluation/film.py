@@ -14,6 +14,7 @@ from evaluation.datasets import Pair
 from evaluation.plots import FilmStrip
 from evaluation.run import Setup, open_session
 from worker.contract import Prompts
+from worker.frame import Frame
 from worker.proposer import Decision
 
 
@@ -22,8 +23,8 @@ def draw_film(setup: Setup, pair: Pair, strategy: str, path: Path, *, clicks: in
     session = open_session(setup, pair)
     strip = FilmStrip(session.image, session.truth)
 
-    def watch(prompts: Prompts, mask: Mask, decision: Decision) -> None:
-        maps = {name: _full_size(values, strip.image.shape[:2]) for name, values in decision.maps.items()}
+    def watch(prompts: Prompts, mask: Mask, decision: Decision, frame: Frame) -> None:
+        maps = {name: _full_size(values, frame) for name, values in decision.maps.items()}
         proposal = decision.proposal
         strip.add(prompts.clicks, mask, maps, None if proposal is None else (proposal.x, proposal.y))
 
@@ -32,9 +33,11 @@ def draw_film(setup: Setup, pair: Pair, strategy: str, path: Path, *, clicks: in
     strip.save(path)
 
 
-def _full_size(values: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """A map over the padded square frame, cut to the image and resized to (height, width)."""
-    height, width = size
-    rows, cols = (round(max(values.shape) * length / max(size)) for length in (height, width))
+def _full_size(values: NDArray[np.float32], frame: Frame) -> NDArray[np.float32]:
+    """A map over the padded square frame as one over the original image (H, W): 0 outside of the part it covers."""
+    height, width = frame.seen.size
+    rows, cols = (round(max(values.shape) * length / max(height, width)) for length in (height, width))
     cut = torch.from_numpy(values[:rows, :cols].copy())[None, None]
-    return np.asarray(F.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[0, 0])
+    full = np.zeros(frame.original_size, np.float32)
+    full[frame.seen.slices] = F.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[0, 0]
+    return full

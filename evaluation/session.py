@@ -27,6 +27,7 @@ from worker.proposer import Decision, Proposer
 from worker.zoom import Look, looker
 
 Row = dict[str, object]
+Watch = Callable[[Prompts, Mask, Decision, Frame], None]
 
 #: Players that read the ground truth, and whether they draw.
 USERS = {
@@ -71,11 +72,11 @@ class Session:
         seed: int,
         count: int,
         start: Decoded | None = None,
-        watch: Callable[[Prompts, Mask, Decision], None] | None = None,
+        watch: Watch | None = None,
     ) -> list[Row]:
         """`count` rows, one per click, for a strategy or a player of `USERS`.
 
-        `start`: the decoded first click, where the caller has it. `watch(prompts, mask, decision)`: called per click.
+        `start`: the decoded first click, where the caller has it. `watch`: called per click, with the frame of the maps.
         """
         journal = _Journal(self.truth, self.ignore)
         if strategy.startswith("one-shot-"):
@@ -113,7 +114,7 @@ class Session:
         count: int,
         journal: _Journal,
         start: Decoded | None,
-        watch: Callable[[Prompts, Mask, Decision], None] | None,
+        watch: Watch | None,
     ) -> None:
         rng = np.random.default_rng(_hash(strategy, seed))
         following: Click | None = first_click(self.truth)
@@ -141,7 +142,7 @@ class Session:
             raw = _honoured(decision.logits, decoded.frame, prompts)
             journal.add(click, mask, seconds, prompts, honoured_raw=raw, score=score, gain=gain)
             if watch is not None:
-                watch(prompts, mask, decision)
+                watch(prompts, mask, decision, decoded.frame)
             if number < count:
                 following = self._next(strategy, mask, prompts, decision, rng)
                 if strategy not in USERS and decision.proposal is not None and decision.gain is not None:
@@ -163,7 +164,7 @@ class Session:
         place = baselines.ONE_SHOT.get(name)
         if place is None:
             first = Prompts(clicks=(first_click(self.truth),))
-            decoded = self.decode(first)
+            decoded = decode(self.backbone, self.embedding, first)  # the whole image: clicks are placed all over it
             logits, frame = decoded.logits, decoded.frame
             height, width = frame.original_size
             # |logit| is monotone in entropy, and the nearest cell will do for choosing places.

@@ -39,7 +39,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     name = bench.backbones[0]
     found: dict[str, Any] = {"concurrency": {}}
     counts = ANNOTATORS if not bench.quick else ANNOTATORS[::3]
-    seconds = float(bench.count(30, 3))
+    seconds = float(bench.count(30, 2))
     server = shared(bench, name)
     _encode_all(bench, server, max(counts))
     for count in counts:
