@@ -76,7 +76,7 @@ class Session:
     ) -> list[Row]:
         """`count` rows, one per click, for a strategy or a player of `USERS`.
 
-        `start`: the decoded first click, where the caller has it. `watch`: called per click, with the frame of the maps.
+        `start`: the decoded first click, where the caller has it. `watch`: called per click, with the maps' frame.
         """
         journal = _Journal(self.truth, self.ignore)
         if strategy.startswith("one-shot-"):
