@@ -24,9 +24,9 @@ from ml_backend.settings import Settings
 from ml_backend.task_image import image_of
 from worker.contract import ImageRef, PrelabelFailure, PrelabelItem, PrelabelOptions
 
-#: Bytes of one embedding (half precision) with the colours beside it: 96 x 56 x 56 and 3 x 224 x 224 for tiny,
+#: Bytes of one embedding (half precision) with the colours beside it: 96 x 64 x 64 and 3 x 256 x 256 for tiny,
 #: 256 x 64 x 64 and 3 x 256 x 256 for the others.
-EMBEDDING_BYTES = {"tiny": 2 * 96 * 56 * 56 + 3 * 224 * 224}
+EMBEDDING_BYTES = {"tiny": 2 * 96 * 64 * 64 + 3 * 256 * 256}
 LARGE_EMBEDDING_BYTES = 2 * 256 * 64 * 64 + 3 * 256 * 256
 
 
