@@ -252,7 +252,7 @@ def _honoured(logits: Tensor, frame: Frame, prompts: Prompts) -> float:
     at = [frame.to_lowres(click.x, click.y) for click in clicks]
     cells = (Click(x=col, y=row, positive=c.positive) for (col, row), c in zip(at, clicks, strict=True))
     missed = (1.0 - metrics.honoured(inside, tuple(cells))) * len(clicks)
-    return 1.0 - missed / len(prompts.clicks)
+    return 1.0 - missed / max(len(prompts.clicks), 1)
 
 
 def _text(value: float) -> str:
