@@ -56,6 +56,8 @@ class Runtime:
         pixels_bytes = int(cache_bytes * PIXELS_SHARE)
         self.embeddings = EmbeddingCache(cache_bytes - logits_bytes - pixels_bytes, client, folder)
         self.pixels: ByteLRU[str, NDArray[np.uint8]] = ByteLRU(pixels_bytes)
+        #: Images that could not be read again, and until when (monotonic seconds) nobody waits for them once more.
+        self.out_of_reach: ByteLRU[str, float] = ByteLRU(1 << 16)
         self.logits: LogitsCache = ByteLRU(logits_bytes)
         #: Encoders need gigabytes for a moment: one image at a time, but for a click in the middle of a batch.
         self.encoding = RLock()

@@ -43,6 +43,8 @@ from worker.zoom import shrunk
 
 log = logging.getLogger(__name__)
 J = TypeVar("J", bound=Message)
+#: An image that could not be read again is not asked for by each click: a server that hangs would hold all of them.
+TRY_AGAIN_S = 60.0
 REMOTE = ("http:", "https:", "s3:", "gs:", "azure-blob:")
 
 
@@ -232,13 +234,16 @@ def _look(
     def compute() -> Embedding | None:
         pixels = current.pixels.get(key)
         if pixels is None:
+            if time.monotonic() < (current.out_of_reach.get(key) or 0.0):
+                return None
             try:
                 data = fetch(image, current.options)
                 if current.embeddings.key(data, current.backbone) != key:
                     return None  # another image is there now
                 pixels = _keep_pixels(key, decode_image(data, current.options), current)
             except ImageError as error:
-                log.warning("%s is not looked at from near: %s", image.url, error.error)
+                log.warning("An image is not looked at from near: %s", error.error)
+                current.out_of_reach.put(key, time.monotonic() + TRY_AGAIN_S, 200)
                 return None
         with current.encoding:
             return encode_window(current.backbone, pixels, window, size)

@@ -218,7 +218,9 @@ def test_an_image_that_is_gone_is_answered_as_a_whole(
         Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(picture)
     result = tasks.segment(_job(picture, *CLICKS))
     assert result["rle"] == whole["rle"]
-    assert ("is not looked at from near" in caplog.text) == (now == "gone")
+    again = tasks.segment(_job(picture, *CLICKS, (140.0, 110.0, True)))
+    assert again["kind"] == "segment"
+    assert caplog.text.count("is not looked at from near") == (now == "gone"), "it is tried once, not by each click"
 
 
 def test_warm_up_loads_everything() -> None:
