@@ -69,17 +69,21 @@ def _decoded(
         for prompts, decoded in segment_everything(backbone, embedding, item.everything):
             yield item.everything.label, prompts, decoded
     given = [(one.label, known) for one in item.objects if (known := _prompts(one, item, embedding)) is not None]
-    single = [one for one in given if look is None and len(one[1].clicks) == 1 and one[1].box is None]
+    single = [one for one in given if look is None and _is_one_click(one[1])]
     for start in range(0, len(single), DECODE_BATCH):
         stand_by()
         part = single[start : start + DECODE_BATCH]
         answers = decode_batch(backbone, embedding, [prompts for _, prompts in part])
         for (label, prompts), decoded in zip(part, answers, strict=True):
             yield label, prompts, decoded
-    for one in given:
-        if one not in single:
+    for label, prompts in given:
+        if look is not None or not _is_one_click(prompts):
             stand_by()
-            yield *one, decode_session(backbone, embedding, one[1], look=look)
+            yield label, prompts, decode_session(backbone, embedding, prompts, look=look)
+
+
+def _is_one_click(prompts: Prompts) -> bool:
+    return len(prompts.clicks) == 1 and prompts.box is None
 
 
 def _prompts(one: ObjectPrompts, item: PrelabelItem, embedding: Embedding) -> Prompts | None:

@@ -156,8 +156,7 @@ def build(
     `checkpoint`: weights of the same architecture from elsewhere (a fine-tuned model); any hash is accepted, unknown or
     missing tensors are not. Without it the published file is taken from `data_dir`/checkpoints and must have the
     published SHA-256. `precision`: of the encoder, see `worker.precision`. `zoom`: on, off, or auto, which suits the
-    backbone. `random_weights`: seeded noise of the real
-    architecture, for tests and benchmarks.
+    backbone. `random_weights`: seeded noise of the real architecture, for tests and benchmarks.
     Raises ValueError (unknown name, device or precision) or CheckpointError, both saying what to do.
     """
     if name not in BACKBONES:
