@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.backbones import Backbone, build
+from worker.backbones import Backbone, build, zooms
 from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts, RuntimeOptions
 from worker.decode import LogitsCache, decode
@@ -24,8 +24,8 @@ from worker.proposer import Proposer
 
 log = logging.getLogger(__name__)
 
-#: Shares of the cache memory for the logits of earlier clicks, and for images, parts of which will be encoded; the rest
-#: holds embeddings.
+#: Shares of the cache memory for the logits of earlier clicks, and for images where parts of them will be encoded; the
+#: rest holds embeddings.
 LOGITS_SHARE = 1 / 8
 PIXELS_SHARE = 1 / 4
 #: Heads that are kept loaded.
@@ -53,7 +53,7 @@ class Runtime:
         folder = None
         if options.embeddings_dir is not None:
             folder = EmbeddingFolder(options.embeddings_dir, int(options.embeddings_gb * 1e9))
-        pixels_bytes = int(cache_bytes * PIXELS_SHARE)
+        pixels_bytes = int(cache_bytes * PIXELS_SHARE) if zooms(options.backbone, options.zoom) else 0
         self.embeddings = EmbeddingCache(cache_bytes - logits_bytes - pixels_bytes, client, folder)
         self.pixels: ByteLRU[str, NDArray[np.uint8]] = ByteLRU(pixels_bytes)
         #: Images that could not be read again, and until when (monotonic seconds) nobody waits for them once more.

@@ -189,6 +189,7 @@ def test_the_object_is_looked_at_from_near(picture: str, tmp_path: Path) -> None
     _restart(tmp_path, zoom="off")
     whole = tasks.segment(_job(picture, *CLICKS[:1]))
     assert "zoom" not in whole["timings"]
+    assert runtime.runtime().pixels.max_bytes == 0, "embeddings have that memory"
     assert whole["rle"] != result["rle"]
 
 

@@ -171,8 +171,12 @@ def build(
     sam.requires_grad_(False)
     accelerate(sam)
     encoder = encoder_precision(sam, target, precision)
-    zooms = spec.zoom if zoom == "auto" else zoom == "on"
-    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms)
+    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms(name, zoom))
+
+
+def zooms(name: str, zoom: str) -> bool:
+    """Whether a backbone looks at parts of an image, with `zoom` on, off, or auto, which suits it."""
+    return zoom == "on" or (zoom == "auto" and name in BACKBONES and BACKBONES[name].zoom)
 
 
 def resolve_device(device: str) -> torch.device:
