@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Trade:
-    """At `threshold`: mean share of clicks saved, and mean IoU lost against making them all (negative: gained)."""
+    """At `threshold`: mean share of clicks saved, and mean IoU lost against making them all (negative: gained), with
+    its standard error over sessions."""
 
     threshold: float
     saved: float
     lost: float
+    error: float = 0.0
 
 
 def trades(clicks: pd.DataFrame, strategy: str, *, count: int = 60) -> list[Trade]:
@@ -34,16 +36,18 @@ def trade_at(clicks: pd.DataFrame, strategy: str, threshold: float) -> Trade:
 
 
 def choose(found: list[Trade], *, most_lost: float = 0.005) -> Trade:
-    """The trade that saves most clicks and loses at most `most_lost` mean IoU."""
-    return max((t for t in found if t.lost <= most_lost), key=lambda t: t.saved)
+    """The trade that saves most clicks and loses at most `most_lost` mean IoU, its standard error included: the largest
+    of many thresholds that seem to cost little on a few sessions costs more on others."""
+    return max((t for t in found if t.lost + t.error <= most_lost), key=lambda t: t.saved)
 
 
 def _trade(ious: NDArray[np.float64], gains: NDArray[np.float64], threshold: float) -> Trade:
     below = gains < threshold
     below[:, 0] = False  # the first click was not proposed
     made = np.where(below.any(1), below.argmax(1), gains.shape[1])
-    final = ious[np.arange(len(ious)), made - 1]
-    return Trade(threshold, float(1 - made.mean() / gains.shape[1]), float((ious[:, -1] - final).mean()))
+    lost = ious[:, -1] - ious[np.arange(len(ious)), made - 1]
+    error = float(lost.std() / np.sqrt(max(len(lost) - 1, 1)))
+    return Trade(threshold, float(1 - made.mean() / gains.shape[1]), float(lost.mean()), error)
 
 
 def _sessions(clicks: pd.DataFrame, strategy: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -23,6 +23,7 @@ def test_trade_by_hand() -> None:
     at = found[0.6]
     assert at.saved == pytest.approx(1 - (2 + 4) / 8)
     assert at.lost == pytest.approx(((0.7 - 0.8) + 0.0) / 2)
+    assert at.error == pytest.approx(0.1 / 2**0.5 / 2**0.5)  # of the values -0.1 and 0, by n - 1
     assert trade_at(data, "s", 0.6) == at
     nothing = found[0.2]
     assert nothing.saved == 0 and nothing.lost == 0
@@ -33,6 +34,13 @@ def test_choose_respects_the_budget() -> None:
     best = choose(trades(data, "s"), most_lost=0.005)
     assert best.saved == pytest.approx(1 - (2 + 3) / 6)
     assert choose(trades(data, "s"), most_lost=1.0).saved > best.saved
+
+
+def test_choose_allows_for_the_chance_in_few_sessions() -> None:
+    # Stopping before the third click costs 0.00 and 0.008: 0.004 on average, 0.004 its standard error.
+    sessions = [([0.5, 0.8, 0.8], [float("nan"), 0.9, 0.1]), ([0.5, 0.8, 0.808], [float("nan"), 0.9, 0.1])]
+    assert choose(trades(clicks(sessions), "s"), most_lost=0.005).saved == 0
+    assert choose(trades(clicks(sessions * 40), "s"), most_lost=0.005).saved == pytest.approx(1 / 3)
 
 
 def test_unknown_strategy() -> None:
