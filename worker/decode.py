@@ -14,10 +14,12 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
 from worker.backbones import Backbone
+from worker.backbones.fast_decoder import DecoderOutput
 from worker.byte_lru import ByteLRU
 from worker.contract import Prompts
 from worker.embeddings import Embedding
 from worker.frame import Frame
+from worker.mirror import mirrored_boxes, mirrored_map, mirrored_points
 from worker.zoom import Look, Round, carried_over, follow
 
 
@@ -76,32 +78,58 @@ def decode_batch(
         raise ValueError("There is nothing to decode: give at least one click or a box.")
     if len({(len(prompts.clicks), prompts.box is None) for prompts in batch}) != 1:
         raise ValueError("Prompt sets of one batch must have the same number of clicks, and all or none a box.")
-    sam = backbone.sam
+    views = [_view(backbone, embedding, number, batch, mask_input) for number in range(len(embedding.features))]
+
+    logits, iou = _mean([view.logits for view in views]), _mean([view.iou for view in views])
+    first = len(batch[0].clicks) == 1 and batch[0].box is None and mask_input is None
+    chosen = iou[:, 1:].argmax(dim=1) + 1 if first else torch.zeros(len(batch), dtype=torch.long, device=iou.device)
+    colours = embedding.colours.to(backbone.device, torch.float32) / 255.0
+    made = []
+    for i, k in enumerate(chosen.tolist()):
+        upscaled, hyper = views[0].upscaled[i], views[0].hyper[i, k]
+        if len(views) > 1:  # the products are what a mean can be taken of
+            upscaled = _mean([view.upscaled[i] * view.hyper[i, k][:, None, None] for view in views])
+            hyper = torch.ones_like(hyper)
+        made.append(
+            Decoded(
+                logits=logits[i, k],
+                predicted_iou=float(iou[i, k]),
+                upscaled=upscaled,
+                hyper=hyper,
+                candidates=logits[i, 1:],
+                candidate_iou=iou[i, 1:],
+                colours=colours,
+                frame=frame,
+                embedding=embedding,
+            )
+        )
+    return made
+
+
+def _view(
+    backbone: Backbone, embedding: Embedding, number: int, batch: Sequence[Prompts], mask_input: Tensor | None
+) -> DecoderOutput:
+    """What the decoder answers to one of the embedding's views; of the mirrored one, mirrored back."""
+    frame, sam = _frame(backbone, embedding), backbone.sam
     points, boxes = _to_input_frame(backbone, embedding, batch)
     masks = None
     if mask_input is not None:
         masks = mask_input.to(backbone.device, torch.float32)[None].expand(len(batch), -1, -1, -1)
+    if number:
+        points = None if points is None else (mirrored_points(points[0], frame), points[1])
+        boxes = None if boxes is None else mirrored_boxes(boxes, frame)
+        masks = None if masks is None else mirrored_map(masks, frame)
     sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
-    features = embedding.features.to(backbone.device, torch.float32)
-    candidates, iou, upscaled, hyper = backbone.decoder(features, sparse, dense)
+    features = embedding.features[number : number + 1].to(backbone.device, torch.float32)
+    output = backbone.decoder(features, sparse, dense)
+    if number:
+        mirrored = {"logits": mirrored_map(output.logits, frame), "upscaled": mirrored_map(output.upscaled, frame)}
+        return output._replace(**mirrored)
+    return output
 
-    first = len(batch[0].clicks) == 1 and boxes is None and masks is None
-    chosen = iou[:, 1:].argmax(dim=1) + 1 if first else torch.zeros(len(batch), dtype=torch.long, device=iou.device)
-    colours = embedding.colours.to(backbone.device, torch.float32) / 255.0
-    return [
-        Decoded(
-            logits=candidates[i, k],
-            predicted_iou=float(iou[i, k]),
-            upscaled=upscaled[i],
-            hyper=hyper[i, k],
-            candidates=candidates[i, 1:],
-            candidate_iou=iou[i, 1:],
-            colours=colours,
-            frame=frame,
-            embedding=embedding,
-        )
-        for i, k in enumerate(chosen.tolist())
-    ]
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
 
 
 def decode_next(

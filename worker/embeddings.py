@@ -25,6 +25,7 @@ from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.embedding_folder import EmbeddingFolder
 from worker.frame import Window
+from worker.mirror import mirrored_pixels
 from worker.precision import running_in
 from worker.preemption import until_computed
 
@@ -45,9 +46,10 @@ CHECKSUM_BYTES = 4
 
 @dataclass(frozen=True)
 class Embedding:
-    """features: (1, C, h, w) float16; colours: (3, 4h, 4w) uint8 RGB, the padded input at the size of the mask logits;
-    both on the backbone's device. Sizes are (height, width), as in `SamPredictor`. `window`: the part of the image that
-    was encoded, None for all of it; `input_size` is that of the part.
+    """features: (1, C, h, w) float16, of a part of an image (2, C, h, w), see `worker.mirror`; colours: (3, 4h, 4w)
+    uint8 RGB, the padded input at the size of the mask logits; both on the backbone's device. `window`: the part of the
+    image that was encoded, None for all of it. Sizes are (height, width), as in `SamPredictor`; `input_size` is that of
+    the part.
 
     Half precision halves what a cached image takes.
     """
@@ -77,11 +79,11 @@ def encode(backbone: Backbone, image: npt.NDArray[np.uint8]) -> Embedding:
 def encode_window(
     backbone: Backbone, image: npt.NDArray[np.uint8], window: Window, original_size: tuple[int, int]
 ) -> Embedding:
-    """Encode a part of an RGB image (H, W, 3), uint8, as if it were the image. The array may be smaller than the
-    original image, of `original_size` (height, width), in whose pixels `window` is."""
+    """Encode a part of an RGB image (H, W, 3), uint8, as if it were the image, and its mirror image. The array may be
+    smaller than the original image, of `original_size` (height, width), in whose pixels `window` is."""
     height, width = image.shape[:2]
     part = image[window.scaled(original_size, (height, width)).slices]
-    encoded = encode_resized(backbone, resize(backbone, np.ascontiguousarray(part)), original_size)
+    encoded = encode_resized(backbone, resize(backbone, np.ascontiguousarray(part)), original_size, twice=True)
     return replace(encoded, window=window)
 
 
@@ -91,12 +93,16 @@ def resize(backbone: Backbone, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.u
     return resized
 
 
-def encode_resized(backbone: Backbone, resized: npt.NDArray[np.uint8], original_size: tuple[int, int]) -> Embedding:
-    """Encode what `resize` returned; `original_size`: (height, width) of the image before."""
+def encode_resized(
+    backbone: Backbone, resized: npt.NDArray[np.uint8], original_size: tuple[int, int], *, twice: bool = False
+) -> Embedding:
+    """Encode what `resize` returned, with `twice` its mirror image too; `original_size`: (height, width) of the image
+    before."""
     with torch.inference_mode():
         pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
+        views = mirrored_pixels(pixels) if twice else pixels
         with running_in(backbone.precision, backbone.device):
-            features = backbone.encoder(backbone.sam.preprocess(pixels))
+            features = backbone.encoder(backbone.sam.preprocess(views))
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
     features = features.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
     colours = _colours(pixels, backbone.image_size, features)

@@ -85,6 +85,11 @@ class Frame:
         return prompts if len(clicks) == len(prompts.clicks) else Prompts(clicks=clicks, box=prompts.box)
 
     @property
+    def width(self) -> float:
+        """Columns of the map that hold the image, the last perhaps in part."""
+        return self.input_size[1] * self.lowres_size[1] / self.image_size
+
+    @property
     def valid(self) -> tuple[int, int]:
         """(rows, cols): the leading part of the map whose cells touch the image; the rest is padding."""
         (height, width), (rows, columns) = self.input_size, self.lowres_size

@@ -38,10 +38,10 @@ def to_mask(logits: Tensor, frame: Frame, prompts: Prompts, size: tuple[int, int
     """
     size = size or frame.original_size
     cleaned = clean(logits, frame, prompts)
-    if frame.window is None:
+    if frame.seen.size == frame.original_size:
         mask = upsample(cleaned, frame, size)
     else:
-        window = frame.window.scaled(frame.original_size, size)
+        window = frame.seen.scaled(frame.original_size, size)
         mask = np.zeros(size, np.bool_)
         mask[window.slices] = upsample(cleaned, frame, window.size)
     _honour_clicks(mask, frame, prompts)

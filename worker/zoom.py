@@ -56,14 +56,15 @@ class Round(Protocol):
 
 
 def follow(before: Round, prompts: Prompts) -> Window | None:
-    """The part of the image to look at for `prompts`, after the round before; None for all of it."""
+    """The part of the image to look at for `prompts`, after the round before, which may be all of it; None where
+    nothing says where the object is."""
     around = _around(before, prompts)
     if around is None:
         return None
     size, current = before.frame.original_size, before.frame.window
     wanted = _wider(around, MARGIN, size)
     if max(size) < LEAST_ZOOM * max(wanted.size):
-        return None
+        wanted = Window(0, 0, size[1], size[0])
     if current is None or max(wanted.size) <= KEEP * max(current.size):
         return wanted
     return current if current.covers(_wider(around, LEAST_MARGIN, size)) else wanted
