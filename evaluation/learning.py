@@ -37,7 +37,7 @@ from worker.images import ImageError, decode_image, fetch
 from worker.preemption import give_way, give_way_within
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image
-from worker.training import SessionOptions, Visited, train_head
+from worker.training import SessionOptions, Visited, best_reach, train_head
 from worker.zoom import looker
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,10 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
         start=current.proposer.head,
         notes={**job.notes, "project": job.project, "tasks": len({_image(one) for one in learnt})},
     )
-    head, _ = calibrated(head, sessions(_spread(learnt, MOST_CALIBRATED), "calibrating"), clicks=job.clicks)
+    few = _spread(learnt, MOST_CALIBRATED)
+    kept = _reported(_read(few, current, skipped), lambda done: report("reach", done, len(few)))
+    head = replace(head, reach=best_reach(backbone, kept, SessionOptions(clicks=STATES, seed=job.seed), head))
+    head, _ = calibrated(head, sessions(few, "calibrating"), clicks=job.clicks)
     judged = list(judge([before.head, head], sessions(held_out, "judging"), clicks=job.clicks))
     if not judged:
         raise JobError("None of the images held out can be read.", _first(skipped), 422)

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,12 @@ from ml_backend.evaluate_cli import BACKBONE, CHECKPOINT, DEVICE
 if TYPE_CHECKING:
     from worker.contract import TrainJob, TrainResult
 
-STAGES = {"learning": "Learning", "calibrating": "Calibrating", "judging": "Judging on the tasks held out"}
+STAGES = {
+    "learning": "Learning",
+    "reach": "Trying how far a click speaks",
+    "calibrating": "Calibrating",
+    "judging": "Judging on the tasks held out",
+}
 
 
 @click.command()
@@ -210,7 +216,7 @@ def _train_folders(
     from worker.head.fit import FitOptions
     from worker.head.store import save_head
     from worker.proposer import Proposer
-    from worker.training import SessionOptions, train_head
+    from worker.training import SessionOptions, best_reach, train_head
 
     torch.set_num_threads(1)
     console = Console(stderr=True)
@@ -246,7 +252,8 @@ def _train_folders(
                 progress=lambda done: progress("learning", done, len(examples)),
             )
             if apart and calibrate:
-                head, found = calibrated(head, sessions())
+                reach = best_reach(model, apart, SessionOptions(clicks=clicks, seed=seed), head)
+                head, found = calibrated(replace(head, reach=reach), sessions())
     except ValueError as error:
         fail(str(error))
     path = out or settings.data_dir / "heads" / name / "head.safetensors"

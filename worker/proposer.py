@@ -95,6 +95,7 @@ class Proposer:
             posterior=self.head.posterior,
             allowed=allowed_pixels(grid, prompts),
             shows=self.head.shows,
+            reach=self.head.reach,
             seed=seed,
             redecode=redecode,
         )

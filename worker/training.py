@@ -18,17 +18,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worker.acquisition.candidates import allowed_pixels
+from worker.acquisition.state import State
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode_next, decode_session
 from worker.embeddings import Embedding, encode
 from worker.head.features import coarse, feature_names, pixel_features
 from worker.head.fit import FitOptions, Pixels, best_strength, fit_linear
+from worker.head.kernel import Reach
 from worker.head.store import Head, channels_of
 from worker.preemption import give_way
 from worker.zoom import Look, looker
 
 Mask = NDArray[np.bool_]
+
+#: What `best_reach` chooses from; the default first.
+REACHES = (
+    Reach(),
+    *(
+        Reach(length=length, colour=colour)
+        for length in (0.3, 0.6)
+        for colour in (0.08, 0.15, 0.3)
+        if (length, colour) != (0.3, 0.15)
+    ),
+)
 
 
 class Example(Protocol):
@@ -144,7 +157,47 @@ def train_head(
     posterior = fit_linear(names, pixels, fit, start=known)
     recipe = {"sessions": asdict(sessions), "fit": asdict(fit)}
     counts = {"objects": len(pixels.names), "states": len(pixels.objects)}
-    return Head("trained", posterior, backbone.id, notes={**(notes or {}), **recipe, **counts})
+    reach = Reach() if start is None else start.reach
+    return Head("trained", posterior, backbone.id, reach=reach, notes={**(notes or {}), **recipe, **counts})
+
+
+def best_reach(backbone: Backbone, examples: Iterable[Example | Visited], options: SessionOptions, head: Head) -> Reach:
+    """How far clicks should speak on images like these: the one of `REACHES` under which `head`, conditioned on the
+    clicks of simulated sessions, gives the true labels of all pixels the largest likelihood; another than the head's
+    own only where it is larger by more than its standard error over examples."""
+    rng = np.random.default_rng(options.seed)
+    found: list[Tensor] = []
+    with torch.inference_mode():
+        for example in examples:
+            sums, count = torch.zeros(len(REACHES), dtype=torch.float64), 0
+            for prompts, decoded, labels in _session(backbone, _visited(example, backbone), options.clicks, rng):
+                state = State(
+                    decoded=decoded,
+                    coarse=decoded,
+                    prompts=prompts,
+                    features=pixel_features(decoded, prompts),
+                    posterior=head.posterior,
+                    allowed=allowed_pixels(decoded, prompts),
+                    reach=head.reach,
+                )
+                sums += torch.stack([_likelihood(replace(state, reach=reach), labels) for reach in REACHES])
+                count += 1
+            if count:
+                found.append(sums / count)
+    if not found:
+        return head.reach
+    values = torch.stack(found)
+    own = values[:, REACHES.index(head.reach)] if head.reach in REACHES else values[:, 0]
+    best = int(values.mean(0).argmax())
+    gains = values[:, best] - own
+    error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
+    return REACHES[best] if float(gains.mean()) > error else head.reach
+
+
+def _likelihood(state: State, labels: Tensor) -> Tensor:
+    """Mean log-likelihood of the labels (h, w) on the image, nats; float64 scalar."""
+    inside = state.probability.double().clamp(1e-4, 1 - 1e-4)
+    return torch.where(labels, inside, 1 - inside).log()[state.valid].mean().cpu()
 
 
 def lowres_truth(truth: Mask, decoded: Decoded) -> Tensor:

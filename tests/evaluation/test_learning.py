@@ -99,7 +99,7 @@ def test_a_project_learns_and_running_workers_take_it_up(tmp_path: Path, picture
 
     with letting_through(somebody_clicks):
         result = learn(asked, current, report=lambda stage, done, total: stages.append(stage))
-    assert list(dict.fromkeys(stages)) == ["learning", "calibrating", "judging"]
+    assert list(dict.fromkeys(stages)) == ["learning", "reach", "calibrating", "judging"]
     assert answered == [before["model_version"]] * 3
     assert (result.head, result.used, result.logged) == ("project-3-v1", True, 1 if result.logged else 0)
     assert "gone.png" in next(iter(result.skipped))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,19 @@ from PIL import Image
 from evaluation.datasets import read_pairs
 from ml_backend.heads_cli import heads
 from ml_backend.train_cli import train
+from worker import training
 from worker.backbones import Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import decode
 from worker.embeddings import encode
 from worker.head.features import coarse, feature_names
 from worker.head.fit import FitOptions
+from worker.head.kernel import Reach
+from worker.head.linear import sam_centred
 from worker.head.registry import HeadRegistry
 from worker.head.store import Head, find_head, load_head, save_head
 from worker.proposer import Proposer
-from worker.training import SessionOptions, collect, lowres_truth, train_head
+from worker.training import SessionOptions, best_reach, collect, lowres_truth, train_head
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,37 @@ def test_a_trained_head_is_reproducible_and_kept(backbone: Backbone, folder: Pat
     assert torch.equal(read.posterior.factor, made[0].posterior.factor)
     assert read.notes["objects"] == len(read_pairs(folder))
     assert Proposer(backbone, head="mine", data_dir=tmp_path).model_version.split("/")[1].startswith("mine-")
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.6])
+def test_the_reach_of_a_click_suits_the_images(
+    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch, spread: float
+) -> None:
+    """Objects of these images are of one colour, the rest of others: a click must not speak for other colours."""
+    head = Head("head", sam_centred(feature_names(16)), backbone.id, shows="head", reach=Reach(colour=spread))
+    narrow, wide = Reach(colour=0.1), Reach(colour=3.0)
+    monkeypatch.setattr(training, "REACHES", (Reach(colour=spread), narrow, wide))
+    options = SessionOptions(clicks=3, seed=1)
+    assert best_reach(backbone, read_pairs(folder), options, head) != wide
+    monkeypatch.setattr(training, "REACHES", (wide, narrow))
+    assert best_reach(backbone, read_pairs(folder), options, replace(head, reach=wide)) == narrow
+    # One example says nothing about the chance in it, none nothing at all.
+    assert best_reach(backbone, read_pairs(folder)[:1], options, replace(head, reach=wide)) == wide
+    assert best_reach(backbone, [], options, head) == head.reach
+
+
+def test_the_reach_is_kept_with_the_head(backbone: Backbone, tmp_path: Path) -> None:
+    head = Head("head", sam_centred(feature_names(16)), backbone.id, reach=Reach(length=0.6, colour=0.08))
+    save_head(head, tmp_path / "one.safetensors")
+    assert load_head(tmp_path / "one.safetensors").reach == head.reach
+    described = json.loads((tmp_path / "one.json").read_text())
+    del described["reach"]
+    (tmp_path / "one.json").write_text(json.dumps(described))
+    assert load_head(tmp_path / "one.safetensors").reach == Reach()
+    described["reach"] = {"colour": 0}
+    (tmp_path / "one.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="must be positive"):
+        load_head(tmp_path / "one.safetensors")
 
 
 def test_nothing_to_train_on_is_said(backbone: Backbone) -> None:

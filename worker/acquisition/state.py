@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.head import predictive
 from worker.head.features import weighted_features
-from worker.head.kernel import AMPLITUDE, ClickKernel, click_cells
+from worker.head.kernel import ClickKernel, Reach, click_cells
 from worker.head.linear import LinearPosterior
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class State:
 
     `decoded`: the decoder's answer; `coarse`: the same on the grid of proposals (`worker.head.features.coarse`).
     `posterior`: before this session's clicks; `conditioned`: after them. `allowed`: (h, w) bool, where a click may go.
-    `shows`: whose mask the annotator sees, `sam` or `head`.
+    `shows`: whose mask the annotator sees, `sam` or `head`. `reach`: of each click, see `worker.head.kernel`.
     `seed`: for strategies that draw. `redecode`: answers other prompts for the same image, where the caller can.
     """
 
@@ -39,13 +39,14 @@ class State:
     posterior: LinearPosterior
     allowed: Tensor
     shows: str = "sam"
+    reach: Reach = field(default_factory=Reach)
     seed: int = 0
     redecode: Redecode | None = None
 
     @cached_property
     def kernel(self) -> ClickKernel:
         """What this session's clicks say about places like theirs."""
-        return ClickKernel.at(self.coarse, self.prompts)
+        return ClickKernel.at(self.coarse, self.prompts, self.reach)
 
     @cached_property
     def session_features(self) -> Tensor:
@@ -60,7 +61,7 @@ class State:
         clicks = self.prompts.clicks
         rows, cols = click_cells(self.coarse, self.prompts)
         labels = torch.tensor([click.positive for click in clicks], dtype=torch.bool, device=self.features.device)
-        prior = self.posterior.extended(tuple(f"click_{index}" for index in range(len(clicks))), AMPLITUDE)
+        prior = self.posterior.extended(tuple(f"click_{index}" for index in range(len(clicks))), self.reach.amplitude)
         return prior.conditioned(self.session_features[:, rows, cols].T, labels)
 
     @cached_property

@@ -3,7 +3,7 @@
 A linear head can only re-weight what the decoder gives it, the same everywhere. A click says more about what lies near
 it and looks like it, so the logit gets a second term, g(x) ~ GP(0, k) with
 
-    k(x, y) = AMPLITUDE^2 exp(-|x - y|^2 / 2 LENGTH^2 - |c(x) - c(y)|^2 / 2 COLOUR^2),
+    k(x, y) = amplitude^2 exp(-|x - y|^2 / 2 length^2 - |c(x) - c(y)|^2 / 2 colour^2),
 
 x, y places in units of the frame's longer side, c(x) the colour (RGB in [0, 1]) at x. Given labels at the clicks alone,
 the posterior mean of g lies in the span of k(., click). So each click gives every pixel one more feature, and g joins
@@ -24,11 +24,22 @@ if TYPE_CHECKING:
     from worker.contract import Prompts
     from worker.decode import Decoded
 
-AMPLITUDE = 4.0
-LENGTH = 0.3
-COLOUR = 0.15
 #: Added to the kernel matrix's diagonal: clicks on one spot would make it singular.
 JITTER = 1e-4
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a click speaks: `length` in units of the frame's longer side, `colour` in RGB of [0, 1], `amplitude` in
+    logits. What suits depends on the images: a project learns its own (`worker.training.best_reach`)."""
+
+    amplitude: float = 4.0
+    length: float = 0.3
+    colour: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not all(value > 0 for value in (self.amplitude, self.length, self.colour)):
+            raise ValueError(f"{self} must be positive")
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,20 @@ class ClickKernel:
 
     anchors: Tensor
     root: Tensor
+    reach: Reach
 
     @classmethod
-    def at(cls, decoded: Decoded, prompts: Prompts) -> ClickKernel:
+    def at(cls, decoded: Decoded, prompts: Prompts, reach: Reach) -> ClickKernel:
         """The kernel anchored at the clicks of `prompts`, with the colours of the cells of `decoded` that hold them."""
         cells = click_cells(decoded, prompts)
-        anchors = _coordinates(decoded)[:, cells[0], cells[1]].T.double()
+        anchors = _coordinates(decoded, reach)[:, cells[0], cells[1]].T.double()
         gram = _correlation(anchors, anchors)
         identity = torch.eye(len(anchors), dtype=gram.dtype, device=gram.device)
-        return cls(anchors.float(), torch.linalg.cholesky(gram + JITTER * identity))
+        return cls(anchors.float(), torch.linalg.cholesky(gram + JITTER * identity), reach)
 
     def features(self, decoded: Decoded) -> Tensor:
         """psi (k, h, w) float32 on any grid of the same image: psi(x) . psi(y) is the kernel within the anchors' span,
-        with amplitude 1; a weight on each has the prior N(0, AMPLITUDE^2)."""
+        with amplitude 1; a weight on each has the prior N(0, reach.amplitude^2)."""
         correlation = self._correlation_with(decoded)
         features: Tensor = torch.tensordot(self._whiten, correlation, 1)
         return features
@@ -66,7 +78,7 @@ class ClickKernel:
 
     def _correlation_with(self, decoded: Decoded) -> Tensor:
         """(k, h, w): every cell's correlation with the clicks."""
-        places = _coordinates(decoded)
+        places = _coordinates(decoded, self.reach)
         return _correlation(self.anchors, places.flatten(1).T).view(-1, *places.shape[1:])
 
 
@@ -79,13 +91,13 @@ def click_cells(decoded: Decoded, prompts: Prompts) -> tuple[list[int], list[int
     return rows, cols
 
 
-def _coordinates(decoded: Decoded) -> Tensor:
-    """(5, h, w): x, y and colour of every cell's centre, in units of LENGTH and COLOUR."""
+def _coordinates(decoded: Decoded, reach: Reach) -> Tensor:
+    """(5, h, w): x, y and colour of every cell's centre, in units of the reach's lengths."""
     height, width = decoded.logits.shape
     side, device = float(max(height, width)), decoded.logits.device
     x = ((torch.arange(width, device=device) + 0.5) / side).expand(height, width)
     y = ((torch.arange(height, device=device) + 0.5) / side)[:, None].expand(height, width)
-    return torch.cat([torch.stack([x, y]) / LENGTH, decoded.colours / COLOUR])
+    return torch.cat([torch.stack([x, y]) / reach.length, decoded.colours / reach.colour])
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:

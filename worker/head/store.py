@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from worker.head.features import feature_names
+from worker.head.kernel import Reach
 from worker.head.linear import LinearPosterior, sam_centred
 from worker.head.registry import HeadRegistry
 
@@ -29,6 +30,7 @@ class Head:
 
     `shows`: "sam" when the mask that is returned is SAM's own, "head" when it is the head's.
     `stop`: strategy name -> expected gain (`acquisition.stopping`) under which no click is proposed.
+    `reach`: how far a click speaks for places like its own.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Head:
     backbone: str
     shows: str = "sam"
     stop: dict[str, float] = field(default_factory=dict)
+    reach: Reach = field(default_factory=Reach)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +51,7 @@ def save_head(head: Head, path: Path) -> None:
         "features": list(head.posterior.names),
         "shows": head.shows,
         "stop": head.stop,
+        "reach": asdict(head.reach),
         "notes": head.notes,
     }
     tensors = {"mean": head.posterior.mean.contiguous(), "factor": head.posterior.factor.contiguous()}
@@ -64,7 +68,8 @@ def load_head(path: Path) -> Head:
         if description["format"] != FORMAT:
             raise ValueError(f"the format is {description['format']!r}")
         posterior = LinearPosterior(tuple(description["features"]), tensors["mean"], tensors["factor"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reach = Reach(**description.get("reach", {}))  # heads of before had the one that is the default
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"The head at {path} cannot be read ({error}). {remedy}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return Head(
@@ -73,6 +78,7 @@ def load_head(path: Path) -> Head:
         backbone=description["backbone"],
         shows=description["shows"],
         stop=description["stop"],
+        reach=reach,
         notes=description["notes"],
     )
 
@@ -129,4 +135,4 @@ def channels_of(sam: Any) -> int:
 
 def on_device(head: Head, device: torch.device) -> Head:
     """The same head with its tensors on `device`."""
-    return Head(head.id, head.posterior.to(device), head.backbone, head.shows, head.stop, head.notes)
+    return replace(head, posterior=head.posterior.to(device))

@@ -18,7 +18,6 @@ from worker.decode import Decoded, decode
 from worker.embeddings import Embedding, encode
 from worker.head import predictive
 from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
-from worker.head.kernel import AMPLITUDE
 from worker.head.linear import sam_centred
 from worker.proposer import Proposer
 
@@ -183,7 +182,7 @@ def test_bald_mc_converges_to_bald(state: State, monkeypatch: pytest.MonkeyPatch
 
 def test_conditioning_lowers_the_variance_and_follows_the_clicks(state: State) -> None:
     _, before = state.prior_moments
-    before = before + (AMPLITUDE * state.kernel.features(state.coarse)).square().sum(0)
+    before = before + (state.reach.amplitude * state.kernel.features(state.coarse)).square().sum(0)
     assert (state.variance <= before + 1e-4).all()
     for click in PROMPTS.clicks:
         col, row = (int(v) for v in state.coarse.frame.to_lowres(click.x, click.y))

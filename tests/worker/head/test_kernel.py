@@ -8,9 +8,10 @@ from worker.decode import Decoded
 from worker.embeddings import Embedding
 from worker.frame import Frame
 from worker.head.features import coarse
-from worker.head.kernel import AMPLITUDE, COLOUR, JITTER, LENGTH, ClickKernel, click_cells
+from worker.head.kernel import JITTER, ClickKernel, Reach, click_cells
 from worker.head.linear import CLICK_WEIGHT, LinearPosterior
 
+REACH = Reach(amplitude=3.0, length=0.4, colour=0.2)
 PROMPTS = Prompts(
     clicks=(
         Click(x=60.0, y=50.0),
@@ -37,7 +38,7 @@ def _reference(decoded: Decoded, prompts: Prompts) -> tuple[np.ndarray, np.ndarr
 
     def coordinates(row: int, col: int) -> np.ndarray:
         place = np.array([col + 0.5, row + 0.5]) / max(height, width)
-        return np.concatenate([place / LENGTH, colours[:, row, col] / COLOUR])
+        return np.concatenate([place / REACH.length, colours[:, row, col] / REACH.colour])
 
     clicks = [coordinates(row, col) for row, col in zip(*click_cells(decoded, prompts), strict=True)]
     cells = [coordinates(row, col) for row in range(height) for col in range(width)]
@@ -52,7 +53,7 @@ def _reference(decoded: Decoded, prompts: Prompts) -> tuple[np.ndarray, np.ndarr
 
 def test_features_span_the_kernel() -> None:
     decoded = _decoded()
-    psi = ClickKernel.at(decoded, PROMPTS).features(decoded).flatten(1).double().numpy()
+    psi = ClickKernel.at(decoded, PROMPTS, REACH).features(decoded).flatten(1).double().numpy()
     across, among = _reference(decoded, PROMPTS)
     expected = across @ np.linalg.inv(among + JITTER * np.eye(len(among))) @ across.T
     np.testing.assert_allclose(psi.T @ psi, expected, atol=2e-3)
@@ -61,31 +62,31 @@ def test_features_span_the_kernel() -> None:
 def test_mean_is_that_of_the_gaussian_process() -> None:
     """The kernel's part of the head, conditioned on the clicks, against the process's Laplace mode in float64."""
     decoded = _decoded()
-    kernel = ClickKernel.at(decoded, PROMPTS)
+    kernel = ClickKernel.at(decoded, PROMPTS, REACH)
     psi = kernel.features(decoded)
     rows, cols = click_cells(decoded, PROMPTS)
     empty = LinearPosterior((), torch.zeros(0), torch.zeros(0, 0))
     labels = torch.tensor([click.positive for click in PROMPTS.clicks])
-    prior = empty.extended(tuple("abcd"), AMPLITUDE)
+    prior = empty.extended(tuple("abcd"), REACH.amplitude)
     mean = prior.conditioned(psi[:, rows, cols].T, labels).logit_mean(psi).flatten().double().numpy()
 
     across, among = _reference(decoded, PROMPTS)
-    gram = AMPLITUDE**2 * (among @ np.linalg.inv(among + JITTER * np.eye(4)) @ among)
+    gram = REACH.amplitude**2 * (among @ np.linalg.inv(among + JITTER * np.eye(4)) @ among)
     target = labels.double().numpy()
     alpha = np.zeros(4)
     for _ in range(2000):  # damped fixed point of alpha = weight (y - sigmoid(K alpha)); slow and sure
         alpha += 0.02 * (CLICK_WEIGHT * (target - 1 / (1 + np.exp(-gram @ alpha))) - alpha)
     inverse = np.linalg.inv(among + JITTER * np.eye(4))
-    np.testing.assert_allclose(mean, AMPLITUDE**2 * across @ inverse @ among @ alpha, atol=2e-2)
+    np.testing.assert_allclose(mean, REACH.amplitude**2 * across @ inverse @ among @ alpha, atol=2e-2)
 
 
 def test_anchors_made_on_the_grid_hold_on_the_finer_map() -> None:
     decoded = _decoded(256)
-    kernel = ClickKernel.at(coarse(decoded), PROMPTS)
+    kernel = ClickKernel.at(coarse(decoded), PROMPTS, REACH)
     rows, cols = click_cells(decoded, PROMPTS)
     assert kernel.features(decoded).shape == (4, 256, 256)
     assert kernel.features(coarse(decoded)).shape == (4, 128, 128)
     smooth = Decoded(**{**decoded.__dict__, "colours": torch.full((3, 256, 256), 0.5)})
-    kernel = ClickKernel.at(coarse(smooth), PROMPTS)
+    kernel = ClickKernel.at(coarse(smooth), PROMPTS, REACH)
     own = kernel.features(smooth)[:, rows, cols].square().sum(0)
     torch.testing.assert_close(own, torch.ones(4), atol=1e-2, rtol=0)
