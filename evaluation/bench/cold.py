@@ -23,7 +23,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "help_s": [*BALD_SAM, "--help"],
         "import_app_s": [sys.executable, "-W", "ignore", "-c", "import ml_backend.app"],
     }
-    found: dict[str, Any] = {name: _seconds(command, bench.count(5, 2)) for name, command in commands.items()}
+    found: dict[str, Any] = {name: _seconds(command, bench.count(5, 1)) for name, command in commands.items()}
     for name in bench.backbones if not bench.quick else bench.backbones[:1]:
         bench.say(f"cold start: {name}")
         server = shared(bench, name)
@@ -38,7 +38,7 @@ def _first_clicks(bench: Bench, backbone: str, page: Page) -> dict[str, Any]:
     unopened: list[float] = []
     opened: list[float] = []
     warm: list[float] = []
-    rounds = bench.count(*((10, 2) if backbone == "tiny" else (3, 1)))
+    rounds = bench.count(*((10, 1) if backbone == "tiny" else (3, 1)))
     for turn in range(rounds):
         number = 2 * turn + 1
         image = bench.image(f"cold-{number}", number, WIDTH, HEIGHT)
