@@ -32,16 +32,8 @@ from worker.zoom import Look, looker
 
 Mask = NDArray[np.bool_]
 
-#: What `best_reach` chooses from; the default first.
-REACHES = (
-    Reach(),
-    *(
-        Reach(length=length, colour=colour)
-        for length in (0.3, 0.6)
-        for colour in (0.08, 0.15, 0.3)
-        if (length, colour) != (0.3, 0.15)
-    ),
-)
+#: What `best_reach` chooses from.
+REACHES = tuple(Reach(length=length, colour=colour) for length in (0.3, 0.6) for colour in (0.08, 0.15, 0.3))
 
 
 class Example(Protocol):
@@ -166,10 +158,11 @@ def best_reach(backbone: Backbone, examples: Iterable[Example | Visited], option
     clicks of simulated sessions, gives the true labels of all pixels the largest likelihood; another than the head's
     own only where it is larger by more than its standard error over examples."""
     rng = np.random.default_rng(options.seed)
+    reaches = tuple(dict.fromkeys((head.reach, *REACHES)))
     found: list[Tensor] = []
     with torch.inference_mode():
         for example in examples:
-            sums, count = torch.zeros(len(REACHES), dtype=torch.float64), 0
+            sums, count = torch.zeros(len(reaches), dtype=torch.float64), 0
             for prompts, decoded, labels in _session(backbone, _visited(example, backbone), options.clicks, rng):
                 state = State(
                     decoded=decoded,
@@ -180,18 +173,17 @@ def best_reach(backbone: Backbone, examples: Iterable[Example | Visited], option
                     allowed=allowed_pixels(decoded, prompts),
                     reach=head.reach,
                 )
-                sums += torch.stack([_likelihood(replace(state, reach=reach), labels) for reach in REACHES])
+                sums += torch.stack([_likelihood(replace(state, reach=reach), labels) for reach in reaches])
                 count += 1
             if count:
                 found.append(sums / count)
     if not found:
         return head.reach
     values = torch.stack(found)
-    own = values[:, REACHES.index(head.reach)] if head.reach in REACHES else values[:, 0]
     best = int(values.mean(0).argmax())
-    gains = values[:, best] - own
+    gains = values[:, best] - values[:, 0]
     error = float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-    return REACHES[best] if float(gains.mean()) > error else head.reach
+    return reaches[best] if float(gains.mean()) > error else head.reach
 
 
 def _likelihood(state: State, labels: Tensor) -> Tensor:
