@@ -21,7 +21,7 @@ class Trade:
     threshold: float
     saved: float
     lost: float
-    error: float = 0.0
+    error: float
 
 
 def trades(clicks: pd.DataFrame, strategy: str, *, count: int = 60) -> list[Trade]:

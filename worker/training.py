@@ -171,7 +171,6 @@ def best_reach(backbone: Backbone, examples: Iterable[Example | Visited], option
                     features=pixel_features(decoded, prompts),
                     posterior=head.posterior,
                     allowed=allowed_pixels(decoded, prompts),
-                    reach=head.reach,
                 )
                 sums += torch.stack([_likelihood(replace(state, reach=reach), labels) for reach in reaches])
                 count += 1
