@@ -139,11 +139,11 @@ def _crop(labels: NDArray[np.uint8], rng: np.random.Generator) -> tuple[int, int
     height, width = labels.shape
     numbers = np.unique(labels)
     numbers = numbers[numbers > 0]
-    if rng.random() < 0.3 or not len(numbers):
+    if rng.random() < 0.25 or not len(numbers):
         return 0, 0, width, height
     ys, xs = np.nonzero(labels == rng.choice(numbers))
     at = rng.integers(len(ys))
-    if rng.random() < 0.6:
+    if rng.random() < 0.7:
         extent = max(np.ptp(xs), np.ptp(ys)) + 1
         w = h = max(round(extent * np.exp(rng.uniform(np.log(1.3), np.log(4.0)))), 24)
     else:

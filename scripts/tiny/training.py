@@ -96,12 +96,13 @@ class Run:
     def _start_from(self, path: Path) -> None:
         """Go on from the weights that an earlier run of this project exported.
 
-        Its encoder may have had fewer blocks at a stride: a new block starts as its shortcut, so that the larger model
-        starts as the same function. Raises ValueError if the weights do not fit.
+        Its encoder may have had fewer blocks, at a stride or of attention: a new block starts as its shortcut, so that
+        the larger model starts as the same function. Raises ValueError if the weights do not fit.
         """
         earlier, mine = load_tiny(path), self.sam.tiny_config
-        grown = all(old <= new for old, new in zip(earlier.tiny_config["blocks"], mine["blocks"], strict=True))
-        if not grown or {**earlier.tiny_config, "img_size": 0, "blocks": 0} != {**mine, "img_size": 0, "blocks": 0}:
+        old, new = ([*config["blocks"], config["attention"]] for config in (earlier.tiny_config, mine))
+        grown, free = all(a <= b for a, b in zip(old, new, strict=True)), {"img_size": 0, "blocks": 0, "attention": 0}
+        if not grown or earlier.tiny_config | free != mine | free:
             raise ValueError(f"{path} has other sizes than [model] of the configuration; start anew or change those.")
         self.sam.load_state_dict(self.sam.state_dict() | earlier.state_dict())
 

@@ -220,21 +220,22 @@ def test_a_larger_encoder_starts_as_the_same_function(tmp_path: Path) -> None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     save_tiny(small, tmp_path / "small.safetensors")
 
-    def started(blocks: list[int]) -> Any:
-        larger = {**config, "model": {**config["model"], "blocks": blocks}}
+    def started(blocks: list[int], attention: int) -> Any:
+        larger = {**config, "model": {**config["model"], "blocks": blocks, "attention": attention}}
         (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
         start = tmp_path / "small.safetensors"
         return training.Run(larger, tmp_path, device=torch.device("cpu"), steps=1, minutes=None, start=start)
 
-    large = started([1, 2, 3, 1]).sam.eval()
+    large = started([1, 2, 3, 1], 2).sam.eval()
     assert large.tiny_config["blocks"] == [1, 2, 3, 1]
+    assert large.tiny_config["attention"] == 2
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
             large.image_encoder(image), load_tiny(tmp_path / "small.safetensors").image_encoder(image)
         )
     with pytest.raises(ValueError, match="other sizes"):
-        started([0, 1, 1, 1])
+        started([0, 1, 1, 1], 0)
 
 
 def _average_in(rank: int, meeting: str, into: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 FORMAT = "bald-sam tiny 1"
 STRIDE = 8
+HEAD_CHANNELS = 32  # of each head of the encoder's self-attention
 # Kept in float32 on disk: a running variance can leave the range of half precision, and all of these are small.
 FULL_PRECISION = ("running_mean", "running_var", "positional_encoding_gaussian_matrix")
 
@@ -50,13 +52,56 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention of all cells and two linear layers, each with layer norm before and a shortcut around it;
+    B x C x H x W to the same. Queries and keys know their places, by sines of both coordinates."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.query_key, self.value = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+        self.mlp1, self.mlp2 = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+        for last in (self.out, self.mlp2):  # every block starts as its shortcuts
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        cells: Tensor = x.flatten(2).transpose(1, 2)
+        read = self.norm1(cells)
+        placed = read + positions(height, width, channels).to(read)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (*self.query_key(placed).chunk(2, -1), self.value(read))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        cells = cells + self.out(mixed.transpose(1, 2).flatten(2))
+        cells = cells + self.mlp2(F.gelu(self.mlp1(self.norm2(cells))))
+        return cells.transpose(1, 2).reshape_as(x)
+
+
+@cache
+def positions(height: int, width: int, channels: int) -> Tensor:
+    """Sines and cosines of row and column with periods of 2 to 128 cells: (height * width) x `channels`, float32."""
+    periods = torch.logspace(1, 7, channels // 4, base=2.0)
+    rows, columns = (torch.arange(n)[:, None] * (2 * torch.pi / periods) for n in (height, width))
+    row, column = (torch.cat([angles.sin(), angles.cos()], -1) for angles in (rows, columns))
+    wide = row[:, None].expand(-1, width, -1), column[None].expand(height, -1, -1)
+    return torch.cat(wide, -1).flatten(0, 1)
+
+
 class TinyEncoder(nn.Module):
-    """Image encoder: a residual network down to stride 32, then a top-down path up to stride 8.
+    """Image encoder: a residual network down to stride 32, where `attention` blocks let all cells see each other,
+    then a top-down path up to stride 8.
 
     `img_size` is the side S of the padded square input, as in SAM's own encoder; S must be a multiple of 32.
     """
 
-    def __init__(self, img_size: int, widths: Sequence[int], blocks: Sequence[int], dim: int) -> None:
+    def __init__(
+        self, img_size: int, widths: Sequence[int], blocks: Sequence[int], dim: int, attention: int = 0
+    ) -> None:
         super().__init__()
         if img_size % 32:
             raise ValueError(f"img_size is {img_size}; it must be a multiple of 32.")
@@ -79,6 +124,7 @@ class TinyEncoder(nn.Module):
         self.stage8 = stage(w4, w8, blocks[1], 2)
         self.stage16 = stage(w8, w16, blocks[2], 2)
         self.stage32 = stage(w16, w32, blocks[3], 2)
+        self.attention = nn.Sequential(*[AttentionBlock(w32, max(w32 // HEAD_CHANNELS, 1)) for _ in range(attention)])
         self.lateral4 = nn.Conv2d(w4, dim, 2, 2, bias=False)  # the finest features, folded to stride 8
         self.lateral8 = nn.Conv2d(w8, dim, 1, bias=False)
         self.lateral16 = nn.Conv2d(w16, dim, 1, bias=False)
@@ -98,7 +144,7 @@ class TinyEncoder(nn.Module):
         c4 = self.stage4(self.stem(x))
         c8 = self.stage8(c4)
         c16 = self.stage16(c8)
-        c32 = self.stage32(c16)
+        c32 = self.attention(self.stage32(c16))
         p32 = self.lateral32(c32) + self.context(c32.mean((2, 3), keepdim=True))
         p16 = self.lateral16(c16) + F.interpolate(p32, scale_factor=2.0, mode="nearest")
         p16 = self.smooth16(p16)
@@ -148,16 +194,18 @@ def build_tiny(
     dim: int = 128,
     heads: int = 4,
     mlp_dim: int = 512,
+    attention: int = 0,
 ) -> Sam:
     """A `Sam` of the tiny architecture with random weights, in evaluation mode.
 
-    `widths` and `blocks`: channels and residual blocks at strides 4, 8, 16 and 32; `dim`: channels of the embedding.
+    `widths` and `blocks`: channels and residual blocks at strides 4, 8, 16 and 32; `attention`: blocks of
+    self-attention at stride 32; `dim`: channels of the embedding.
     The embedding is dim x S/8 x S/8 for S = `img_size`, low-resolution masks are S/2 x S/2.
     Random numbers come from torch's global generator: call `torch.manual_seed` first for the same weights again.
     """
     side = img_size // STRIDE
     sam = Sam(
-        image_encoder=TinyEncoder(img_size, widths, blocks, dim),
+        image_encoder=TinyEncoder(img_size, widths, blocks, dim, attention),
         prompt_encoder=PromptEncoder(
             embed_dim=dim, image_embedding_size=(side, side), input_image_size=(img_size, img_size), mask_in_chans=16
         ),
@@ -177,6 +225,7 @@ def build_tiny(
         "dim": dim,
         "heads": heads,
         "mlp_dim": mlp_dim,
+        "attention": attention,
     }
     sam.image_encoder.to(memory_format=torch.channels_last)
     return sam.eval()

@@ -12,7 +12,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from evaluation.scenes import draw
-from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
+from worker.backbones.tiny import AttentionBlock, build_tiny, load_tiny, positions, save_tiny
 
 WEIGHTS = Path(__file__).parents[3] / "worker" / "weights" / "tiny.safetensors"
 SMALL = {"img_size": 96, "widths": (8, 8, 16, 16), "blocks": (1, 1, 1, 1), "dim": 32, "mlp_dim": 32}
@@ -71,6 +71,20 @@ def test_the_predictor_and_the_models_own_forward_agree(small: Sam) -> None:
 def test_an_input_side_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         build_tiny(img_size=100)
+
+
+def test_attention_lets_every_cell_see_every_other_and_know_its_place() -> None:
+    torch.manual_seed(1)
+    block = AttentionBlock(32, 2).double().eval()
+    cells = torch.randn(1, 32, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(block(cells), cells)  # it begins as its shortcuts
+    torch.nn.init.normal_(block.out.weight)
+    before = block(cells)
+    changed = cells.clone()
+    changed[0, 0, 2, 4] += 1.0
+    assert (block(changed) != before).all(1).all()
+    assert not torch.allclose(block(cells.flip(-1)).flip(-1), before)
+    assert len(positions(3, 5, 32).unique(dim=0)) == 15
 
 
 def test_saving_keeps_the_model_to_half_precision(small: Sam, tmp_path: Path) -> None:
