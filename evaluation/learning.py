@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import cv2
@@ -37,7 +38,7 @@ from worker.images import ImageError, decode_image, fetch
 from worker.preemption import give_way, give_way_within
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image
-from worker.training import SessionOptions, Visited, best_reach, train_head
+from worker.training import SessionOptions, Visited, train_head
 from worker.zoom import looker
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,7 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
         notes={**job.notes, "project": job.project, "tasks": len({_image(one) for one in learnt})},
     )
     few = _spread(learnt, MOST_CALIBRATED)
-    kept = _reported(_read(few, current, skipped), lambda done: report("reach", done, len(few)))
-    head = replace(head, reach=best_reach(backbone, kept, SessionOptions(clicks=STATES, seed=job.seed), head))
-    head, _ = calibrated(head, sessions(few, "calibrating"), clicks=job.clicks)
+    head, _ = calibrated(backbone, head, partial(sessions, few), clicks=job.clicks, seed=job.seed)
     judged = list(judge([before.head, head], sessions(held_out, "judging"), clicks=job.clicks))
     if not judged:
         raise JobError("None of the images held out can be read.", _first(skipped), 422)

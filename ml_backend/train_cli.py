@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +215,7 @@ def _train_folders(
     from worker.head.fit import FitOptions
     from worker.head.store import save_head
     from worker.proposer import Proposer
-    from worker.training import SessionOptions, best_reach, train_head
+    from worker.training import SessionOptions, train_head
 
     torch.set_num_threads(1)
     console = Console(stderr=True)
@@ -237,10 +236,10 @@ def _train_folders(
         )
         proposer = Proposer(model, head="none", data_dir=settings.data_dir)
 
-        def sessions() -> Iterator[tuple[str, Session]]:
+        def sessions(stage: str) -> Iterator[tuple[str, Session]]:
             for number, pair in enumerate(apart, 1):
                 yield f"{pair.dataset}/{pair.name}", Session.open(model, proposer, pair)
-                progress("calibrating", number, len(apart))
+                progress(stage, number, len(apart))
 
         with _shown(console) as progress:
             head = train_head(
@@ -252,14 +251,15 @@ def _train_folders(
                 progress=lambda done: progress("learning", done, len(examples)),
             )
             if apart and calibrate:
-                reach = best_reach(model, apart, SessionOptions(clicks=clicks, seed=seed), head)
-                head, found = calibrated(replace(head, reach=reach), sessions())
+                head, found = calibrated(model, head, sessions, seed=seed)
     except ValueError as error:
         fail(str(error))
     path = out or settings.data_dir / "heads" / name / "head.safetensors"
     save_head(head, path)
     if apart and calibrate:
         click.echo(f"Mean IoU over 15 clicks: SAM's mask {found.iou['sam']:.4f}, the head's {found.iou['head']:.4f}.")
+        if "reach" in found.iou:
+            click.echo(f"With the reach of clicks that the likelihood calls for: {found.iou['reach']:.4f}.")
         click.echo(
             f"Stopping under {found.stop.threshold:.4g} saves {found.stop.saved:.0%} of the clicks for "
             f"{found.stop.lost:.4f} IoU."
