@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ml_backend.jobs import JobFailed
 from ml_backend.rq_runner import RqRunner
 from worker.contract import Click, ImageRef, Prompts, SegmentJob
 
@@ -54,3 +57,14 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
 
 def ready(runner: RqRunner, count: int) -> None:
     until(lambda: [worker["state"] for worker in runner.status()["workers"]] == ["ready"] * count)
+
+
+def carried(runner: RqRunner) -> list[dict[str, Any]]:
+    running: list[dict[str, Any]] = runner.status()["running"]
+    return running
+
+
+def refusal(call: Callable[[], Any]) -> JobFailed:
+    with pytest.raises(JobFailed) as caught:
+        call()
+    return caught.value
