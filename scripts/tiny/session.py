@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
+from torch.nn import functional as F
 
 from tiny import clicks
 from tiny.decoding import CORNER, NEGATIVE, NOTHING, OTHER_CORNER, POSITIVE, decode, prompt_tokens
@@ -65,18 +67,38 @@ def best_by_prediction(logits: Tensor, predicted: Tensor) -> Tensor:
     return logits[torch.arange(len(logits)), chosen][:, None]
 
 
-def plan(rng: np.random.Generator) -> list[bool]:
-    """Which decodes of this batch are learnt from. Always the first; then the next, or a later one that a run of
-    clicks without gradient leads to, so that the model also meets its own masks after many clicks."""
+class Step(NamedTuple):
+    """One decode of a session: whether the prompts are those of the step before, and whether it is learnt from."""
+
+    again: bool
+    learnt: bool
+
+
+def plan(rng: np.random.Generator) -> list[Step]:
+    """The decodes of this batch. The first is learnt from, always; then another look with the same prompts, as the
+    object is looked at from near once it is known where it is; or the next click, or a later one that a run of clicks
+    without gradient leads to, so that the model also meets its own masks after many clicks."""
     kind = rng.random()
-    between = 0 if kind < 0.5 else int(rng.integers(1, 4)) if kind < 0.82 else int(rng.integers(4, 13))
-    return [True, *[False] * between, True]
+    if kind < 0.2:
+        return [Step(again=False, learnt=True), Step(again=True, learnt=True)]
+    between = 0 if kind < 0.58 else int(rng.integers(1, 4)) if kind < 0.85 else int(rng.integers(4, 13))
+    looks = [Step(again=True, learnt=False)] if rng.random() < 0.5 else []
+    clicks = [Step(again=False, learnt=False)] * between
+    return [Step(again=False, learnt=True), *looks, *clicks, Step(again=False, learnt=True)]
+
+
+def from_afar(logits: Tensor, times: int) -> Tensor:
+    """Logits N x 1 x h x w as they are where the model saw the object so many times smaller."""
+    if times == 1:
+        return logits
+    smaller = F.avg_pool2d(logits, times)
+    return F.interpolate(smaller, size=logits.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def session_loss(
-    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, learnt: list[bool], *, box_share: float
+    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, steps: list[Step], *, box_share: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one simulated session per object, of which `learnt` (see `plan`) says what counts, and what to log.
+    """Loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
 
     `embeddings` N x C x h x w (repeated per object), `truths` bool N x 4h x 4w.
     """
@@ -87,10 +109,14 @@ def session_loss(
     total = embeddings.new_zeros((), dtype=torch.float32)
     log: dict[str, float] = {}
     previous: Tensor | None = None
-    for step, with_gradient in enumerate(learnt):
-        with torch.set_grad_enabled(with_gradient):
+    for number, step in enumerate(steps):
+        if previous is not None and step.again:
+            previous = from_afar(previous, int(rng.choice((1, 2, 4))))
+        elif previous is not None:
+            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng)
+        with torch.set_grad_enabled(step.learnt):
             logits, predicted = decode(sam, embeddings, image_pe, prompts.tokens(sam), previous)
-            if step == 0:
+            if number == 0:
                 losses, true_iou = mask_loss(logits, target), iou(logits, target)
                 best = losses[:, 1:].min(1).values
                 # The mean keeps alternatives alive that are never the best.
@@ -99,12 +125,10 @@ def session_loss(
                 shown = best_by_prediction(logits, predicted)
             else:
                 shown = logits[:, :1]
-                if with_gradient:
+                if step.learnt:
                     true_iou = iou(shown, target)
                     total = total + mask_loss(shown, target).mean() + (predicted[:, :1] - true_iou).square().mean()
-        if with_gradient:
-            log["first" if step == 0 else "last"] = float(iou(shown, target).mean())
-        if step + 1 < len(learnt):
-            previous = shown.detach().float()
-            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng)
-    return total / sum(learnt), log
+        if step.learnt:
+            log["first" if number == 0 else "again" if step.again else "last"] = float(iou(shown, target).mean())
+        previous = shown.detach().float()
+    return total / sum(step.learnt for step in steps), log

@@ -180,7 +180,7 @@ class Run:
 
     def _learn(self, batch: dict[str, Tensor]) -> dict[str, float]:
         settings, seed = self.config["train"], self.config["seed"]
-        learnt = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
+        steps = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
         rng = np.random.default_rng((seed, 77, self.step, parallel.rank()))
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         # The encoder is half the time in bf16 on a CPU too; the decoder's small products gain nothing there.
@@ -189,7 +189,7 @@ class Run:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             repeated = embeddings.float().repeat_interleave(settings["objects"], 0)
             loss, log = session_loss(
-                self.sam, repeated, batch["masks"].flatten(0, 1), rng, learnt, box_share=settings["box_share"]
+                self.sam, repeated, batch["masks"].flatten(0, 1), rng, steps, box_share=settings["box_share"]
             )
             if self.teacher is not None:
                 distance = F.smooth_l1_loss(
@@ -241,7 +241,8 @@ class Run:
                     recent.clear()
                     continue
                 if len(recent) == 20 or self.progress >= 1:
-                    means = {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in recent[-1]}
+                    names = sorted({name for one in recent for name in one})
+                    means = {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in names}
                     record = {
                         "step": self.step,
                         "minutes": round(self.elapsed / 60, 2),

@@ -299,3 +299,24 @@ def test_a_configuration_says_only_what_differs(monkeypatch: pytest.MonkeyPatch)
     assert further["pool"] == whole["pool"] and further["model"] == whole["model"]
     assert (further["train"]["objects"], further["train"]["clip"]) == (1, whole["train"]["clip"])
     assert further["stages"][-1] == {"size": 384, "until": 1.0}
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_session_is_learnt_from_first_and_last_and_sometimes_looks_again() -> None:
+    session = importlib.import_module("tiny.session")
+    plans = [session.plan(np.random.default_rng(seed)) for seed in range(300)]
+    assert all(steps[0].learnt and steps[-1].learnt and sum(step.learnt for step in steps) == 2 for steps in plans)
+    assert not any(steps[0].again or any(step.again for step in steps[2:]) for steps in plans)
+    assert 0.5 < np.mean([steps[1].again for steps in plans]) < 0.7
+    assert max(map(len, plans)) > 8
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_mask_seen_from_afar_is_coarser_and_as_large() -> None:
+    session = importlib.import_module("tiny.session")
+    logits = torch.randn(2, 1, 32, 32)
+    assert session.from_afar(logits, 1) is logits
+    coarse = session.from_afar(logits, 4)
+    assert coarse.shape == logits.shape
+    torch.testing.assert_close(coarse.mean((2, 3)), logits.mean((2, 3)), atol=0.05, rtol=0)
+    assert coarse.diff(dim=-1).abs().mean() < 0.3 * logits.diff(dim=-1).abs().mean()
