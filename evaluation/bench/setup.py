@@ -17,10 +17,14 @@ from PIL import Image
 from evaluation.scenes import draw
 from worker.backbones import BACKBONES, Backbone, build
 from worker.contract import RuntimeOptions
+from worker.embedding_folder import EmbeddingFolder
+from worker.embeddings import Embedding, EmbeddingCache, encode
+from worker.images import decode_image
 
 #: Sizes of images that clicks are timed on, (width, height).
 SIZES = {"1024x1024": (1024, 1024), "4000x3000": (4000, 3000)}
 JPEG_QUALITY = 90
+EMBEDDINGS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,19 @@ class Bench:
             device=self.device,
             local_roots=(self.folder,),
         )
+
+    def encoded(self, backbone: Backbone, image: Path) -> Embedding:
+        """The embedding of an image, kept where `server.shared` servers find it too: who measures clicks should not
+        wait for three encodes of a large model."""
+        cache, data = EmbeddingCache(0, folder=EmbeddingFolder(self.embeddings, EMBEDDINGS_BYTES)), image.read_bytes()
+        options = self.runtime_options(backbone.name)
+        key = cache.key(data, backbone)
+        return cache.get_or_encode(key, backbone.device, lambda: encode(backbone, decode_image(data, options)))
+
+    @property
+    def embeddings(self) -> Path:
+        """The folder of `encoded`."""
+        return self.folder / "embeddings"
 
     def environment(self, backbone: str, **settings: str) -> dict[str, str]:
         """Of a server or worker process; nothing of the caller's own settings gets in."""
