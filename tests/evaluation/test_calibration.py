@@ -13,6 +13,7 @@ from evaluation.calibration import calibrated, with_head
 from evaluation.scenes import draw
 from evaluation.session import Session
 from worker import training
+from worker.acquisition import DEFAULT
 from worker.backbones import Backbone, build
 from worker.embeddings import encode
 from worker.head.kernel import Reach
@@ -44,7 +45,7 @@ def mean_iou(head: Head, opened: list[tuple[str, Session]]) -> float:
     ious = []
     for _, session in opened:
         mine = replace(session, proposer=with_head(session.proposer, head))
-        ious += [row["iou"] for row in mine.play("error-region", 0, CLICKS)]
+        ious += [row["iou"] for row in mine.play(DEFAULT, 0, CLICKS)]
     return float(np.mean(np.array(ious, dtype=float)))
 
 
@@ -66,7 +67,7 @@ def test_the_best_of_what_was_played_is_taken(
     assert {"sam", "head"} <= set(found.iou) <= {"sam", "head", "reach"}
     assert mean_iou(made, opened) == pytest.approx(max(found.iou.values()))
     assert found.iou["head"] == pytest.approx(mean_iou(replace(head, shows="head"), opened))
-    assert made.stop == {"error-region": found.stop.threshold}
+    assert made.stop == {DEFAULT: found.stop.threshold}
     assert made.notes["calibration"]["mean_iou"] == found.iou
 
 

@@ -21,7 +21,7 @@ from worker.acquisition.state import State
 __all__ = ["DEFAULT", "REGISTRY", "State", "Strategy", "find", "names"]
 
 #: What `default` means.
-DEFAULT = "error-region"
+DEFAULT = "error-bald"
 
 _FILES = (
     "random",
@@ -34,6 +34,7 @@ _FILES = (
     "bald_online",
     "bald_region",
     "error_region",
+    "error_bald",
     "epig",
     "bald_lookahead",
 )

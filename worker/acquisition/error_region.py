@@ -13,6 +13,10 @@ from worker.acquisition.state import State
 @strategy("error-region", unit="probability")
 def error_region(state: State) -> Tensor:
     """Probability that the shown label is wrong, gathered over discs of several sizes."""
+    return regional(likely_wrong(state), state.valid)
+
+
+def likely_wrong(state: State) -> Tensor:
+    """(h, w): probability, under the posterior conditioned on the clicks, that the label shown is wrong."""
     inside = state.probability
-    wrong = torch.where(state.shown > 0, 1.0 - inside, inside)
-    return regional(wrong, state.valid)
+    return torch.where(state.shown > 0, 1.0 - inside, inside)

@@ -130,6 +130,17 @@ def test_allowed_pixels(state: State) -> None:
     assert state.allowed.sum() > 0.95 * rows * cols
 
 
+def test_the_first_proposal_is_a_likely_error_that_heads_disagree_about(state: State) -> None:
+    error_region, error_bald = (acquisition.find(name).score for name in ("error-region", "error-bald"))
+    assert torch.equal(error_bald(state), error_region(state))  # after a second click there is no difference
+    first = replace(state, prompts=Prompts(clicks=PROMPTS.clicks[:1]))
+    wrong = torch.where(first.shown > 0, 1 - first.probability, first.probability)
+    bald = predictive.bald(*first.prior_moments)
+    expected = regional(wrong * bald / bald[first.valid].max(), first.valid)
+    torch.testing.assert_close(error_bald(first), expected)
+    assert 0 < float(error_bald(first).max()) <= float(error_region(first).max())
+
+
 def test_best_pixel_breaks_ties_in_row_major_order() -> None:
     score = torch.zeros(4, 5)
     score[1, 3] = score[2, 0] = 1.0
