@@ -34,8 +34,7 @@ def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None
     stock way. Parts may be measured in several runs into one --json file; --only "" measures nothing and writes the
     --report of that file.
     """
-    from evaluation.bench.report import machine, write
-    from evaluation.bench.setup import Bench
+    from evaluation.bench.setup import Bench, machine
     from ml_backend.labeling_config import recommended_config
     from worker.backbones import BACKBONES
 
@@ -63,6 +62,8 @@ def bench(only: str, backbones: str, device: str, quick: bool, path: Path | None
                 if path is not None:
                     path.write_text(json.dumps(found, indent=1) + "\n")
     if report is not None:
+        from evaluation.bench.report import write
+
         write(found, report)
     click.echo(json.dumps(found, indent=1))
 

@@ -24,8 +24,8 @@ CLICKS = ((50.0, 50.0, True), (20.0, 30.0, False), (62.0, 41.0, True), (80.0, 75
 #: Each time they lie this much further right and down, percent, so that no part of the image that a click needs is
 #: encoded already.
 STEP, STEPS = 0.4, 20
-#: Before each, seconds: what a server does after an answer (the click log) does not count for the next one.
-PAUSE_S = 0.1
+#: Before each, milliseconds: what a server does after an answer (the click log) does not count for the next one.
+PAUSE_MS = 100
 
 
 def clicks_of(number: int) -> list[tuple[float, float, bool]]:
@@ -113,7 +113,7 @@ def measure(bench: Bench) -> dict[str, Any]:
                 image = bench.image(f"click-{size}", 3, width, height)
                 rounds = bench.count(12 if name == "tiny" else 8, 1)
                 stock.look_at(bench.encoded(backbone, image))
-                times, parts = _one(pages, stock, image, number, rounds)
+                times, parts = _one(pages, stock, image, number, rounds, bench.count(PAUSE_MS, 20) / 1000)
                 clicks[size] = {way: summary(spent) for way, spent in times.items()}
                 stages[size] = {stage: summary(spent) for stage, spent in parts.items() if max(spent) > 0}
                 ratios[size] = _ratios(times, parts)
@@ -143,7 +143,7 @@ def _ratios(times: dict[str, list[float]], stages: dict[str, list[float]]) -> di
 
 
 def _one(
-    pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int
+    pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int, pause_s: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Milliseconds of all ways on one image, in turn, and of the stages of `embedded`."""
     times: dict[str, list[float]] = defaultdict(list)
@@ -154,7 +154,7 @@ def _one(
         for count in range(1, len(CLICKS) + 1):
             given = clicks_of(turn + 1)[:count]
             for way in (*pages, "decoder", "stock"):
-                time.sleep(PAUSE_S)
+                time.sleep(pause_s)
                 if way in pages:
                     spent = pages[way].click(image, task, session, given)
                     after = pages[way].stages()

@@ -109,10 +109,11 @@ def _beside_a_batch(bench: Bench, name: str, server: Server, page: Page) -> dict
     encode_ms = _encode_ms(bench, name)
     # Enough images for all clicks: a click may take as long as an encode, and a second lies between two.
     count = max(2, int(rounds * (1000 + 2 * encode_ms) / max(encode_ms, 1)))
+    different = bench.count(24, 6)
     items = [
         PrelabelItem(
             key=str(number),
-            image=ImageRef(url=str(bench.image(f"batch-{number % 24}", number % 24, WIDTH, HEIGHT))),
+            image=ImageRef(url=str(bench.image(f"batch-{number % different}", number % different, WIDTH, HEIGHT))),
             objects=(ObjectPrompts(prompts=Prompts(clicks=(Click(x=WIDTH / 2, y=HEIGHT / 2),))),),
         )
         for number in range(count)

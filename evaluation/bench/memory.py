@@ -25,7 +25,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         bench.say("memory is measured on Linux only")
         return {}
     name = bench.backbones[0]
-    images, cache_mb = bench.count(500, 4), bench.count(CACHE_MB, 4)
+    images, clicks, cache_mb = bench.count(500, 4), bench.count(CLICKS, 3), bench.count(CACHE_MB, 4)
     each = _bytes_of_an_image(bench, name)
     warm_up = max(int(1.5 * cache_mb * 2**20 / each), images // 5)
     warm_up = min(warm_up, images // 2)
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         curve.append((0, _resident_mb(server.pid)))
         for number in range(1, images + 1):
             image = bench.image(f"memory-{number}", number % 7, WIDTH, HEIGHT)
-            for count in range(CLICKS):
+            for count in range(clicks):
                 given = POINTS[: 1 + count % len(POINTS)]
                 page.click(image, number, f"m{number}-{count // len(POINTS)}", given)
             image.unlink()
@@ -48,7 +48,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "memory": {
             "backbone": name,
             "images": images,
-            "clicks": images * CLICKS,
+            "clicks": images * clicks,
             "warm_up_images": warm_up,
             "cache_mb": cache_mb,
             "mb_per_cached_image": round(each / 2**20, 3),

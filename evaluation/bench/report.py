@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import torch
 from matplotlib.figure import Figure
 
 from evaluation.plots import COLOURS
@@ -22,16 +19,6 @@ PICTURE = "performance.png"
 WAYS = ("embedded", "rq", "decoder", "stock")
 #: Stages of a click in their order; `http_and_json` is what is left of the request.
 STAGES = ("fetch", "look_up", "embedding", "zoom", "decode", "propose", "mask", "rle", "http_and_json")
-
-
-def machine(device: str) -> dict[str, str]:
-    """What a run was measured on, and when."""
-    if device.startswith("cuda"):
-        what = torch.cuda.get_device_name(device)
-    else:
-        count = torch.get_num_threads()
-        what = f"{count} {'thread' if count == 1 else 'threads'} of {_processor()}"
-    return {"device": what, "date": date.today().isoformat(), "torch": torch.__version__}
 
 
 def write(found: dict[str, Any], path: Path) -> None:
@@ -264,12 +251,3 @@ def _header(*cells: Any) -> Iterator[str]:
 
 def _row(*cells: Any) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

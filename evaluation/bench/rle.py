@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from label_studio_sdk.converter import brush
 
-from evaluation.bench.setup import SIZES, Bench
-from evaluation.scenes import draw
+from evaluation.bench.setup import SIZES, Bench, scene
 from worker import brush_rle
 
 SPECKS = 0.01
@@ -20,8 +19,7 @@ SPECKS = 0.01
 def measure(bench: Bench) -> dict[str, Any]:
     """`rle`: milliseconds of ours and of the SDK's, and the medians of their ratios, for a clean and a specked mask."""
     width, height = SIZES["4000x3000"]
-    scene = draw(3, (height, width))
-    clean = scene.labels == 1
+    clean = scene(3, height, width).labels == 1
     specked = clean ^ (np.random.default_rng(0).random(clean.shape) < SPECKS)
     found: dict[str, Any] = {}
     for name, mask in (("", clean), ("_specks", specked)):

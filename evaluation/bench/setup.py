@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.scenes import draw
+from evaluation.scenes import Scene, draw
 from worker.backbones import BACKBONES, Backbone, build
 from worker.contract import RuntimeOptions
 from worker.embedding_folder import EmbeddingFolder
@@ -25,6 +28,12 @@ from worker.images import decode_image
 SIZES = {"1024x1024": (1024, 1024), "4000x3000": (4000, 3000)}
 JPEG_QUALITY = 90
 EMBEDDINGS_BYTES = 1 << 30
+
+
+@lru_cache(maxsize=32)
+def scene(seed: int, height: int, width: int) -> Scene:
+    """A drawn scene; one of 12 megapixels takes seconds, and several parts ask for the same."""
+    return draw(seed, (height, width))
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Bench:
         """A drawn scene as a JPEG file; no two names have the same bytes."""
         path = self.folder / f"{name}.jpg"
         if not path.exists():
-            pixels = draw(seed, (height, width)).image.copy()
+            pixels = scene(seed, height, width).image.copy()
             # The name in the pixels, in squares that JPEG keeps: caches go by content.
             digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8).reshape(4, 8)
             squares = np.kron(digest, np.ones((8, 8), np.uint8))[:height, :width, None]
@@ -115,3 +124,22 @@ def synchronise(backbone: Backbone) -> None:
     """Wait for the device: a time without this is that of starting the work."""
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a run was measured on, and when."""
+    if device.startswith("cuda"):
+        what = torch.cuda.get_device_name(device)
+    else:
+        count = torch.get_num_threads()
+        what = f"{count} {'thread' if count == 1 else 'threads'} of {_processor()}"
+    return {"device": what, "date": date.today().isoformat(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
