@@ -122,8 +122,8 @@ def has_redis() -> bool:
 def shared(bench: Bench, backbone: str, *, queue: bool = False) -> Server:
     """A server that all parts of the run may use, started when the first does. Raises as `serving`."""
     if (backbone, queue) not in bench.servers:
-        settings = {"EMBEDDINGS_DIR": str(bench.embeddings)}
-        server = bench.running.enter_context(serving(bench, backbone, queue=queue, **settings))
+        starting = serving(bench, backbone, queue=queue, EMBEDDINGS_DIR=str(bench.embeddings))
+        server = bench.running.enter_context(starting)
         bench.servers[backbone, queue] = server
     found: Server = bench.servers[backbone, queue]
     return found

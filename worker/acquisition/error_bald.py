@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from worker.acquisition.bald import bald
 from worker.acquisition.error_region import likely_wrong
 from worker.acquisition.regions import regional
 from worker.acquisition.registry import strategy
 from worker.acquisition.state import State
-from worker.head import predictive
 
 
 @strategy("error-bald", unit="probability")
@@ -20,6 +20,6 @@ def error_bald(state: State) -> Tensor:
     """`error-region`; of the first proposal the probability is weighted with BALD, as a share of its largest value."""
     wrong = likely_wrong(state)
     if len(state.prompts.clicks) < 2:
-        bald = predictive.bald(*state.prior_moments)
-        wrong = wrong * bald / bald[state.valid].max().clamp(min=1e-12)
+        disagreement = bald(state)
+        wrong = wrong * disagreement / disagreement[state.valid].max().clamp(min=1e-12)
     return regional(wrong, state.valid)
