@@ -71,7 +71,7 @@ class AttentionBlock(nn.Module):
         channels, height, width = x.shape[1:]
         cells: Tensor = x.flatten(2).transpose(1, 2)
         read = self.norm1(cells)
-        placed = read + positions(height, width, channels).to(read)
+        placed = read + positions(height, width, channels, x.device).to(read)
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (*self.query_key(placed).chunk(2, -1), self.value(read))
@@ -83,24 +83,30 @@ class AttentionBlock(nn.Module):
 
 
 @cache
-def positions(height: int, width: int, channels: int) -> Tensor:
+def positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """Sines and cosines of row and column with periods of 2 to 128 cells: (height * width) x `channels`, float32."""
     periods = torch.logspace(1, 7, channels // 4, base=2.0)
     rows, columns = (torch.arange(n)[:, None] * (2 * torch.pi / periods) for n in (height, width))
     row, column = (torch.cat([angles.sin(), angles.cos()], -1) for angles in (rows, columns))
     wide = row[:, None].expand(-1, width, -1), column[None].expand(height, -1, -1)
-    return torch.cat(wide, -1).flatten(0, 1)
+    return torch.cat(wide, -1).flatten(0, 1).to(device)
 
 
 class TinyEncoder(nn.Module):
-    """Image encoder: a residual network down to stride 32, where `attention` blocks let all cells see each other,
-    then a top-down path up to stride 8.
+    """Image encoder: a residual network down to stride 32, a top-down path up to stride 8. `attention16` and
+    `attention` blocks of self-attention, after the convolutions at strides 16 and 32, let all cells see each other.
 
     `img_size` is the side S of the padded square input, as in SAM's own encoder; S must be a multiple of 32.
     """
 
     def __init__(
-        self, img_size: int, widths: Sequence[int], blocks: Sequence[int], dim: int, attention: int = 0
+        self,
+        img_size: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        dim: int,
+        attention: int = 0,
+        attention16: int = 0,
     ) -> None:
         super().__init__()
         if img_size % 32:
@@ -124,7 +130,10 @@ class TinyEncoder(nn.Module):
         self.stage8 = stage(w4, w8, blocks[1], 2)
         self.stage16 = stage(w8, w16, blocks[2], 2)
         self.stage32 = stage(w16, w32, blocks[3], 2)
-        self.attention = nn.Sequential(*[AttentionBlock(w32, max(w32 // HEAD_CHANNELS, 1)) for _ in range(attention)])
+        self.attention16, self.attention = (
+            nn.Sequential(*[AttentionBlock(width, max(width // HEAD_CHANNELS, 1)) for _ in range(count)])
+            for width, count in ((w16, attention16), (w32, attention))
+        )
         self.lateral4 = nn.Conv2d(w4, dim, 2, 2, bias=False)  # the finest features, folded to stride 8
         self.lateral8 = nn.Conv2d(w8, dim, 1, bias=False)
         self.lateral16 = nn.Conv2d(w16, dim, 1, bias=False)
@@ -143,7 +152,7 @@ class TinyEncoder(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         c4 = self.stage4(self.stem(x))
         c8 = self.stage8(c4)
-        c16 = self.stage16(c8)
+        c16 = self.attention16(self.stage16(c8))
         c32 = self.attention(self.stage32(c16))
         p32 = self.lateral32(c32) + self.context(c32.mean((2, 3), keepdim=True))
         p16 = self.lateral16(c16) + F.interpolate(p32, scale_factor=2.0, mode="nearest")
@@ -195,17 +204,18 @@ def build_tiny(
     heads: int = 4,
     mlp_dim: int = 512,
     attention: int = 0,
+    attention16: int = 0,
 ) -> Sam:
     """A `Sam` of the tiny architecture with random weights, in evaluation mode.
 
-    `widths` and `blocks`: channels and residual blocks at strides 4, 8, 16 and 32; `attention`: blocks of
-    self-attention at stride 32; `dim`: channels of the embedding.
+    `widths` and `blocks`: channels and residual blocks at strides 4, 8, 16 and 32; `attention16`, `attention`: blocks
+    of self-attention at strides 16 and 32; `dim`: channels of the embedding.
     The embedding is dim x S/8 x S/8 for S = `img_size`, low-resolution masks are S/2 x S/2.
     Random numbers come from torch's global generator: call `torch.manual_seed` first for the same weights again.
     """
     side = img_size // STRIDE
     sam = Sam(
-        image_encoder=TinyEncoder(img_size, widths, blocks, dim, attention),
+        image_encoder=TinyEncoder(img_size, widths, blocks, dim, attention, attention16),
         prompt_encoder=PromptEncoder(
             embed_dim=dim, image_embedding_size=(side, side), input_image_size=(img_size, img_size), mask_in_chans=16
         ),
@@ -226,6 +236,7 @@ def build_tiny(
         "heads": heads,
         "mlp_dim": mlp_dim,
         "attention": attention,
+        "attention16": attention16,
     }
     sam.image_encoder.to(memory_format=torch.channels_last)
     return sam.eval()

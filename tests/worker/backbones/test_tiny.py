@@ -84,7 +84,7 @@ def test_attention_lets_every_cell_see_every_other_and_know_its_place() -> None:
     changed[0, 0, 2, 4] += 1.0
     assert (block(changed) != before).all(1).all()
     assert not torch.allclose(block(cells.flip(-1)).flip(-1), before)
-    assert len(positions(3, 5, 32).unique(dim=0)) == 15
+    assert len(positions(3, 5, 32, torch.device("cpu")).unique(dim=0)) == 15
 
 
 def test_saving_keeps_the_model_to_half_precision(small: Sam, tmp_path: Path) -> None:
