@@ -22,6 +22,7 @@ from typing import Any
 import cv2
 import torch
 from tiny import parallel
+from tiny.clicks import Clickers
 from tiny.curve import plot_curve
 from tiny.pool import Pool, pack
 from tiny.teacher import precompute
@@ -34,7 +35,10 @@ BASE = HERE / "tiny" / "config.toml"
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of SET/images, SET/labels, SET/metadata.json")
+    parser.add_argument(
+        "--data", type=Path, help="folder of SET/images, SET/labels, SET/metadata.json; or one packed before"
+    )
+    parser.add_argument("--pack-only", action="store_true", help="pack the pool into --folder and end")
     parser.add_argument("--teacher", type=Path, help="weights of the frozen teacher, its loader (.py) beside them")
     parser.add_argument("--config", type=Path, default=BASE, help="what is to differ from tiny/config.toml")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "bald-sam" / "train-tiny",
@@ -47,11 +51,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 16))
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare samples; 0 for none")
-    length = parser.add_mutually_exclusive_group(required=True)
+    length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="length of the run in minutes of computing")
     length.add_argument("--steps", type=int, help="length of the run in steps")
     parser.add_argument("--export-only", action="store_true", help="write the averaged weights of the last checkpoint")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.pack_only and options.minutes is None and options.steps is None:
+        parser.error("say how long with --minutes or --steps")
+    return options
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,6 +76,9 @@ def main() -> int:
     torch.set_flush_denormal(True)  # denormals in early training cost a CPU a multiple of the time
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     try:
         with parallel.together():
             return prepare_and_train(options, config, device)
@@ -82,12 +92,16 @@ def prepare_and_train(options: argparse.Namespace, config: dict[str, Any], devic
     folder, first = options.folder, not parallel.rank()
     if first and not (folder / "pool.json").exists():
         print("packing the pool", flush=True)
-        pack(options.data, folder, config["pool"])
+        pack(options.data, folder, config["pool"], max(options.workers, 1))
+    if options.pack_only:
+        return 0
     if first and options.teacher and not (folder / "teacher.json").exists():
         precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
                    config["teacher"]["long_side"], device)  # fmt: skip
     parallel.first_says(0.0)  # the others wait for what the first prepares
-    run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start)
+    clickers = Clickers(options.workers if device.type == "cuda" else 0)  # on a CPU they would take what training needs
+    run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start,
+              clickers=clickers)  # fmt: skip
     if not options.export_only:
         run.train(workers=options.workers, say=lambda text: print(text, flush=True))
     if first:

@@ -34,11 +34,7 @@ def decode(
     n, c, h, w = source.shape
     out = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
     hidden, source = decoder.transformer(source, image_pe.expand(n, -1, -1, -1), torch.cat([out, tokens], 1))
-    # bf16 transposed convolutions are slow on a CPU, so the up-scaling is always float32.
-    with torch.autocast(source.device.type, enabled=False):
-        upscaled = decoder.output_upscaling(source.float().transpose(1, 2).reshape(n, c, h, w))
-        hyper = torch.stack(
-            [mlp(hidden[:, 1 + i].float()) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1
-        )
-        masks = (hyper @ upscaled.flatten(2)).view(n, -1, 4 * h, 4 * w)
-        return masks, decoder.iou_prediction_head(hidden[:, 0].float())
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(n, c, h, w))
+    hyper = torch.stack([mlp(hidden[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
+    masks = (hyper @ upscaled.flatten(2)).view(n, -1, 4 * h, 4 * w)
+    return masks, decoder.iou_prediction_head(hidden[:, 0])

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -51,42 +56,76 @@ class Pool:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), labels
 
 
-def pack(source: Path | None, folder: Path, config: dict[str, Any]) -> None:
-    """Write folder/pool.bin and folder/pool.json from `source`/<set>/{images,labels} and drawn scenes.
+class Packed(NamedTuple):
+    """One image on its way into a pool: its set, its name, its place among the images of its set, the bytes."""
 
-    `source` None packs drawn scenes alone. An item is held out by its place in its set, so packing again gives the
+    set: str
+    name: str
+    place: int
+    image: bytes
+    labels: bytes
+
+
+def pack(source: Path | None, folder: Path, config: dict[str, Any], processes: int = 1) -> None:
+    """Write folder/pool.bin and folder/pool.json from the photographs of `source` and drawn scenes.
+
+    `source` is a folder of <set>/{images,labels}, or one that was packed before: its photographs are taken and scenes
+    drawn anew. None packs drawn scenes alone. An item is held out by its place in its set, so packing again gives the
     same split.
     """
     folder.mkdir(parents=True, exist_ok=True)
     items: list[dict[str, Any]] = []
     every = round(1 / config["held_out"])
-    partial = folder / "pool.bin.part"
-    with partial.open("wb") as blob:
-
-        def add(set_name: str, name: str, size: tuple[int, int], image: bytes, labels: bytes, place: int) -> None:
+    part = folder / "pool.bin.part"
+    with part.open("wb") as blob, ProcessPoolExecutor(processes) as executor:
+        scenes = executor.map(partial(_scene, config["scene_side"]), range(config["scenes"]), chunksize=8)
+        for packed in chain(photographs(source, config), scenes):
             start = blob.tell()
-            blob.write(image + labels)
-            middle, end = start + len(image), start + len(image) + len(labels)
-            held = place % every == every // 2
+            blob.write(packed.image + packed.labels)
+            middle, end = start + len(packed.image), start + len(packed.image) + len(packed.labels)
+            size = cv2.imdecode(np.frombuffer(packed.labels, np.uint8), cv2.IMREAD_UNCHANGED).shape[:2]
             items.append(
-                {"set": set_name, "name": name, "size": size, "image": (start, middle), "labels": (middle, end),
-                 "held_out": held}
+                {"set": packed.set, "name": packed.name, "size": size, "image": (start, middle),
+                 "labels": (middle, end), "held_out": packed.place % every == every // 2}
             )  # fmt: skip
-
-        for metadata in sorted(source.glob("*/metadata.json")) if source else []:
-            set_folder = metadata.parent
-            if set_folder.name in config["leave_out"]:
-                continue
-            for place, image_file in enumerate(sorted((set_folder / "images").iterdir())):
-                label_bytes = (set_folder / "labels" / f"{image_file.stem}.png").read_bytes()
-                labels = cv2.imdecode(np.frombuffer(label_bytes, np.uint8), cv2.IMREAD_UNCHANGED)
-                add(set_folder.name, image_file.stem, labels.shape[:2], image_file.read_bytes(), label_bytes, place)
-        side, kinds = config["scene_side"], list(KINDS)
-        for place in range(config["scenes"]):
-            height = side if place % 3 else side * 3 // 4
-            scene = draw(place, (height, side), kinds[place % len(kinds)])
-            image = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-            labels = cv2.imencode(".png", scene.labels.astype(np.uint8))[1].tobytes()
-            add(SCENES, f"{scene.kind}-{place}", (height, side), image, labels, place)
-    partial.rename(folder / "pool.bin")
+    part.rename(folder / "pool.bin")
     (folder / "pool.json").write_text(json.dumps(items))
+
+
+def photographs(source: Path | None, config: dict[str, Any]) -> Iterator[Packed]:
+    """What `pack` takes from `source`, in order."""
+    if source is None:
+        return
+    if (source / "pool.json").exists():
+        places: Counter[str] = Counter()
+        pool = Pool(source)
+        for item in pool.items:
+            if item.set != SCENES and item.set not in config["leave_out"]:
+                image, labels = (pool.blob[slice(*part)].tobytes() for part in (item.image, item.labels))
+                yield Packed(item.set, item.name, places[item.set], image, labels)
+                places[item.set] += 1
+        return
+    for metadata in sorted(source.glob("*/metadata.json")):
+        set_folder = metadata.parent
+        if set_folder.name in config["leave_out"]:
+            continue
+        for place, file in enumerate(sorted((set_folder / "images").iterdir())):
+            labels = (set_folder / "labels" / f"{file.stem}.png").read_bytes()
+            yield Packed(set_folder.name, file.stem, place, _smaller(file.read_bytes(), config["webp_quality"]), labels)
+
+
+def _smaller(image: bytes, quality: int) -> bytes:
+    """An encoded image as WebP of that quality, where that is smaller; 0 leaves it as it is."""
+    if not quality:
+        return image
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    again = cv2.imencode(".webp", pixels, [cv2.IMWRITE_WEBP_QUALITY, quality])[1].tobytes()
+    return min(image, again, key=len)
+
+
+def _scene(side: int, place: int) -> Packed:
+    height, kinds = side if place % 3 else side * 3 // 4, list(KINDS)
+    scene = draw(place, (height, side), kinds[place % len(kinds)])
+    image = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+    labels = cv2.imencode(".png", scene.labels.astype(np.uint8))[1].tobytes()
+    return Packed(SCENES, f"{scene.kind}-{place}", place, image, labels)

@@ -36,13 +36,19 @@ class Prompts:
                 kinds[n, 0] = POSITIVE
         return cls(points, kinds)
 
-    def correct(self, truths: np.ndarray, masks: np.ndarray, rng: np.random.Generator, *, centre: bool = False) -> None:
+    def correct(
+        self,
+        truths: np.ndarray,
+        masks: np.ndarray,
+        rng: np.random.Generator,
+        clickers: clicks.Clickers,
+        *,
+        centre: bool = False,
+    ) -> None:
         """Add to every object the click that its mask calls for."""
         added = np.zeros((len(truths), 1, 2))
         kinds = np.zeros((len(truths), 1), self.kinds.dtype)
-        for n, (truth, mask) in enumerate(zip(truths, masks, strict=True)):
-            middle = centre or rng.random() < 0.5
-            x, y, positive = clicks.correction(truth, mask, rng, centre=middle)
+        for n, (x, y, positive) in enumerate(clickers.corrections(truths, masks, rng, centre=centre)):
             added[n, 0], kinds[n, 0] = clicks.to_frame(np.array([x, y], float)), POSITIVE if positive else NEGATIVE
         self.points, self.kinds = np.concatenate([self.points, added], 1), np.concatenate([self.kinds, kinds], 1)
 
@@ -96,7 +102,14 @@ def from_afar(logits: Tensor, times: int) -> Tensor:
 
 
 def session_loss(
-    sam: Sam, embeddings: Tensor, truths: Tensor, rng: np.random.Generator, steps: list[Step], *, box_share: float
+    sam: Sam,
+    embeddings: Tensor,
+    truths: Tensor,
+    rng: np.random.Generator,
+    steps: list[Step],
+    clickers: clicks.Clickers,
+    *,
+    box_share: float,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
 
@@ -107,13 +120,13 @@ def session_loss(
     target = truths[:, None].float()
     prompts = Prompts.start(known, rng, box_share=box_share)
     total = embeddings.new_zeros((), dtype=torch.float32)
-    log: dict[str, float] = {}
+    log: dict[str, Tensor] = {}
     previous: Tensor | None = None
     for number, step in enumerate(steps):
         if previous is not None and step.again:
             previous = from_afar(previous, int(rng.choice((1, 2, 4))))
         elif previous is not None:
-            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng)
+            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng, clickers)
         with torch.set_grad_enabled(step.learnt):
             logits, predicted = decode(sam, embeddings, image_pe, prompts.tokens(sam), previous)
             if number == 0:
@@ -129,6 +142,6 @@ def session_loss(
                     true_iou = iou(shown, target)
                     total = total + mask_loss(shown, target).mean() + (predicted[:, :1] - true_iou).square().mean()
         if step.learnt:
-            log["first" if number == 0 else "again" if step.again else "last"] = float(iou(shown, target).mean())
+            log["first" if number == 0 else "again" if step.again else "last"] = iou(shown, target).mean()
         previous = shown.detach().float()
-    return total / sum(step.learnt for step in steps), log
+    return total / sum(step.learnt for step in steps), {name: float(value) for name, value in log.items()}

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tiny import parallel
+from tiny.clicks import Clickers
 from tiny.pool import Pool
 from tiny.samples import Samples
 from tiny.session import normalise, plan, session_loss
@@ -26,6 +27,8 @@ from tiny.teacher import TeacherFeatures
 from tiny.validation import validate
 from tiny.warmup import warm_up
 from worker.backbones.tiny import build_tiny, load_tiny, resize_tiny, save_tiny
+
+GROWS = {"blocks", "attention", "attention16"}  # what a run may have more of than the one that it goes on from
 
 
 class Run:
@@ -46,7 +49,9 @@ class Run:
         steps: int | None,
         minutes: float | None,
         start: Path | None = None,
+        clickers: Clickers | None = None,
     ) -> None:
+        self.clickers = clickers or Clickers()
         self.config, self.folder, self.device = config, folder, device
         self.steps, self.minutes = steps, minutes
         self.pool = Pool(folder)
@@ -67,7 +72,7 @@ class Run:
                 (0.0, [p for p in parameters if p.ndim <= 1]),
             ):
                 groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=device.type == "cuda")
         self.step, self.elapsed = 0, 0.0
         found = bool(parallel.first_says(self.checkpoint.exists()))  # before the first process writes one
         if found:
@@ -100,8 +105,8 @@ class Run:
         the larger model starts as the same function. Raises ValueError if the weights do not fit.
         """
         earlier, mine = load_tiny(path), self.sam.tiny_config
-        old, new = ([*config["blocks"], config["attention"]] for config in (earlier.tiny_config, mine))
-        grown, free = all(a <= b for a, b in zip(old, new, strict=True)), {"img_size": 0, "blocks": 0, "attention": 0}
+        old, new = ([*c["blocks"], c["attention"], c["attention16"]] for c in (earlier.tiny_config, mine))
+        grown, free = all(a <= b for a, b in zip(old, new, strict=True)), dict.fromkeys(GROWS | {"img_size"})
         if not grown or earlier.tiny_config | free != mine | free:
             raise ValueError(f"{path} has other sizes than [model] of the configuration; start anew or change those.")
         self.sam.load_state_dict(self.sam.state_dict() | earlier.state_dict())
@@ -157,7 +162,7 @@ class Run:
             batch_size=batch,
             sampler=range(self.step * batch * parallel.world() + parallel.rank(), len(samples), parallel.world()),
             num_workers=workers,
-            prefetch_factor=6 if workers else None,
+            prefetch_factor=max(2, 6 // workers) if workers else None,
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
         )
@@ -183,22 +188,18 @@ class Run:
         steps = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
         rng = np.random.default_rng((seed, 77, self.step, parallel.rank()))
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        # The encoder is half the time in bf16 on a CPU too; the decoder's small products gain nothing there.
+        # The encoder is half the time in bf16; the decoder's small products gain nothing.
         with torch.autocast(self.device.type, torch.bfloat16):
             embeddings, p16 = self.sam.image_encoder.pyramid(normalise(self.sam, batch["image"], batch["valid"]))
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            repeated = embeddings.float().repeat_interleave(settings["objects"], 0)
-            loss, log = session_loss(
-                self.sam, repeated, batch["masks"].flatten(0, 1), rng, steps, box_share=settings["box_share"]
-            )
-            if self.teacher is not None:
-                distance = F.smooth_l1_loss(
-                    self.imitate(p16).float(), batch["features"].float(), reduction="none"
-                ).mean(1)
-                imitation = (distance * batch["known"]).sum() / batch["known"].sum().clamp_min(1)
-                weight = self.config["teacher"]["weight"] * (1 - 0.8 * self.progress)
-                log["imitation"] = float(imitation.detach())
-                loss = loss + 4 * weight * imitation
+        embeddings = embeddings.float().repeat_interleave(settings["objects"], 0)
+        masks, box_share = batch["masks"].flatten(0, 1), settings["box_share"]
+        loss, log = session_loss(self.sam, embeddings, masks, rng, steps, self.clickers, box_share=box_share)
+        if self.teacher is not None:
+            distance = F.smooth_l1_loss(self.imitate(p16.float()), batch["features"].float(), reduction="none").mean(1)
+            imitation = (distance * batch["known"]).sum() / batch["known"].sum().clamp_min(1)
+            weight = self.config["teacher"]["weight"] * (1 - 0.8 * self.progress)
+            log["imitation"] = float(imitation.detach())
+            loss = loss + 4 * weight * imitation
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -257,7 +258,7 @@ class Run:
                     recent = []
                 if now - validated > 60 * settings["validate_minutes"] or self.progress >= 1:
                     measured = {"step": self.step, "minutes": round(self.elapsed / 60, 2)}
-                    measured |= {"validation": validate(self.average.eval(), samples)}
+                    measured |= {"validation": validate(self.average.eval(), samples, self.clickers)}
                     log.write(json.dumps(measured) + "\n")
                     log.flush()
                     say(f"validation at step {self.step}: {measured['validation']}")

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from segment_anything.modeling import Sam
 
+from tiny.clicks import Clickers
 from tiny.decoding import decode
 from tiny.losses import iou
 from tiny.pool import SCENES
@@ -17,7 +18,9 @@ from tiny.session import Prompts, best_by_prediction, normalise
 
 
 @torch.inference_mode()
-def validate(sam: Sam, samples: Samples, *, clicks: int = 5, limit: int = 96, batch: int = 8) -> dict[str, Any]:
+def validate(
+    sam: Sam, samples: Samples, clickers: Clickers, *, clicks: int = 5, limit: int = 96, batch: int = 8
+) -> dict[str, Any]:
     """Mean IoU after each click over `limit` held-out images ("iou"), of photographs and of drawn scenes apart, and the
     rank correlation of predicted with true IoU ("spearman"). IoU is taken on the low-resolution mask."""
     held = [index for index, item in enumerate(samples.pool.items) if item.held_out]
@@ -44,7 +47,7 @@ def validate(sam: Sam, samples: Samples, *, clicks: int = 5, limit: int = 96, ba
             rows = slice(start, start + len(part))
             true[rows, click] = iou(previous, truths[:, None].float())[:, 0].cpu().numpy()
             predicted[rows, click] = score.float().cpu().numpy()
-            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng, centre=True)
+            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng, clickers, centre=True)
     drawn = np.array([samples.pool.items[index].set == SCENES for index, _ in kept])
     result: dict[str, Any] = {"iou": true.mean(0).round(4).tolist()}
     for name, group in (("photographs", ~drawn), ("scenes", drawn)):

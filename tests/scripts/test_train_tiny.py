@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ CONFIG = """
 seed = 1
 [pool]
 leave_out = []
+webp_quality = 0
 scenes = 14
 scene_side = 96
 held_out = 0.25
@@ -141,6 +143,53 @@ def test_a_correction_lies_in_the_larger_error_and_says_which_it_is() -> None:
     assert not truth[y, x]
 
 
+@pytest.mark.usefixtures("scripts_on_path")
+def test_hired_clickers_click_where_one_alone_does() -> None:
+    clicks = importlib.import_module("tiny.clicks")
+    rng = np.random.default_rng(3)
+    truths, masks = rng.random((2, 5, 32, 40)) > 0.5
+    for centre in (True, False):
+        alone, hired = (
+            list(clicks.Clickers(count).corrections(truths, masks, np.random.default_rng(1), centre=centre))
+            for count in (0, 2)
+        )
+        assert alone == hired
+        for (x, y, positive), truth, mask in zip(alone, truths, masks, strict=True):
+            assert truth[y, x] == positive != mask[y, x]
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_pool_packed_for_another_machine_is_smaller_and_packed_again_there(tmp_path: Path) -> None:
+    pool = importlib.import_module("tiny.pool")
+    config = tomllib.loads(CONFIG)["pool"] | {"scenes": 0}
+    source = tmp_path / "source"
+    rng = np.random.default_rng(0)
+    for name, count in (("birds", 5), ("left", 1)):
+        for kind in ("images", "labels"):
+            (source / name / kind).mkdir(parents=True)
+        (source / name / "metadata.json").write_text("{}")
+        for number in range(count):
+            image = cv2.GaussianBlur(rng.integers(0, 255, (60, 80, 3), np.uint8), (0, 0), 3)
+            cv2.imwrite(str(source / name / "images" / f"{number}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 98])
+            cv2.imwrite(str(source / name / "labels" / f"{number}.png"), (image[..., 0] > 127).astype(np.uint8))
+    plain, carried, there = (tmp_path / name for name in ("plain", "carried", "there"))
+    pool.pack(source, plain, config)
+    pool.pack(source, carried, config | {"webp_quality": 50})
+    assert (carried / "pool.bin").stat().st_size < 0.7 * (plain / "pool.bin").stat().st_size
+    pool.pack(carried, there, config | {"scenes": 3, "leave_out": ["left"]}, 2)
+    packed, before = pool.Pool(there), pool.Pool(plain)
+    kept = [item for item in packed.items if item.set == "birds"]
+    assert [(i.name, i.size, i.held_out) for i in kept] == [
+        (i.name, i.size, i.held_out) for i in before.items if i.set == "birds"
+    ]
+    assert [item.set for item in packed.items[5:]] == ["scenes"] * 3
+    assert any(item.held_out for item in kept)
+    image, labels = packed.read(0)
+    theirs, same = before.read(0)
+    assert np.array_equal(labels, same)
+    assert np.abs(image.astype(float) - theirs).mean() < 6
+
+
 def _start(folder: Path, *more: str, processes: int = 1) -> subprocess.Popen[str]:
     (folder / "config.toml").write_text(CONFIG)
     several = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--") if processes > 1 else ()
@@ -220,22 +269,23 @@ def test_a_larger_encoder_starts_as_the_same_function(tmp_path: Path) -> None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     save_tiny(small, tmp_path / "small.safetensors")
 
-    def started(blocks: list[int], attention: int) -> Any:
-        larger = {**config, "model": {**config["model"], "blocks": blocks, "attention": attention}}
+    def started(blocks: list[int], attention: int, attention16: int) -> Any:
+        more = {"blocks": blocks, "attention": attention, "attention16": attention16}
+        larger = {**config, "model": {**config["model"], **more}}
         (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
         start = tmp_path / "small.safetensors"
         return training.Run(larger, tmp_path, device=torch.device("cpu"), steps=1, minutes=None, start=start)
 
-    large = started([1, 2, 3, 1], 2).sam.eval()
+    large = started([1, 2, 3, 1], 2, 1).sam.eval()
     assert large.tiny_config["blocks"] == [1, 2, 3, 1]
-    assert large.tiny_config["attention"] == 2
+    assert (large.tiny_config["attention"], large.tiny_config["attention16"]) == (2, 1)
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
             large.image_encoder(image), load_tiny(tmp_path / "small.safetensors").image_encoder(image)
         )
     with pytest.raises(ValueError, match="other sizes"):
-        started([0, 1, 1, 1], 0)
+        started([0, 1, 1, 1], 0, 0)
 
 
 def _average_in(rank: int, meeting: str, into: str) -> None:
