@@ -44,7 +44,7 @@ class Stock:
             # An untouched model: ours has another attention in its encoder. The weights are shared.
             sam = sam_model_registry[backbone.name]()
             sam.load_state_dict(backbone.sam.state_dict(), assign=True)
-            sam.eval()
+            sam.to(backbone.device).eval()  # its constants are in no state dict
         self.predictor = SamPredictor(sam)
         self._mask_input: Tensor | None = None
 

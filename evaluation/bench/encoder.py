@@ -32,7 +32,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         side = backbone.image_size
         image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(backbone.device)
         chosen = encoder_precision(backbone.sam, backbone.device, "auto")
-        ways, missing, starts = _started(ways_of(backbone, chosen), image, bench)
+        ways, missing, starts = _started(ways_of(backbone, chosen), image, bench, backbone)
         times: dict[str, list[float]] = {way: [] for way in ways}
         features: dict[str, Tensor] = {}
         for _ in range(bench.count(*((9, 2) if name == "tiny" else (3, 1)))):
@@ -45,7 +45,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         reference = next(iter(ways))
         found[name] = {
             way: {
-                "seconds": round(statistics.median(times[way]), 3),
+                "seconds": round(statistics.median(times[way]), 5),
                 "speed_up": round(
                     statistics.median(a / b for a, b in zip(times[reference], times[way], strict=True)), 2
                 ),
@@ -60,7 +60,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def _started(
-    ways: dict[str, Way], image: Tensor, bench: Bench
+    ways: dict[str, Way], image: Tensor, bench: Bench, backbone: Backbone
 ) -> tuple[dict[str, Way], dict[str, str], dict[str, float]]:
     """The ways that run here, each run once; why the others do not; and seconds that the making of each took, with what
     its first image took more than its second."""
@@ -81,6 +81,7 @@ def _started(
                 began = time.perf_counter()
                 with torch.inference_mode():
                     way.run(image)
+                    synchronise(backbone)
                 spent.append(time.perf_counter() - began)
         except Exception as error:  # compilers, exporters and their packages each fail in their own way
             missing[name] = left_out(error)

@@ -135,4 +135,6 @@ def _onnx(encoder: nn.Module, backbone: Backbone) -> Run:
         )
         provider = "CUDAExecutionProvider" if backbone.device.type == "cuda" else "CPUExecutionProvider"
         session = runtime.InferenceSession(path, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise ValueError(f"this ONNX Runtime has no {provider}")
     return lambda image: torch.from_numpy(session.run(None, {"image": image.cpu().numpy()})[0]).to(image.device)

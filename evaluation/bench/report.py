@@ -163,7 +163,7 @@ def _encoder(found: dict[str, Any]) -> Iterator[str]:
                 yield _row(f"`{backbone}`, {way}", f"left out: {one['left_out']}", "", "", "", "")
                 continue
             name = f"`{backbone}`, **{way}** (in use)" if one.get("chosen") else f"`{backbone}`, {way}"
-            cells = one["seconds"], one["speed_up"], f"{one['relative_error']:.1e}", one["mask_iou"]
+            cells = f"{one['seconds']:.3g}", one["speed_up"], f"{one['relative_error']:.1e}", one["mask_iou"]
             yield _row(name, *cells, one.get("start_s", "-"))
 
 

@@ -80,7 +80,7 @@ class Bench:
 
     def build(self, backbone: str) -> Backbone:
         """The same model that the servers run."""
-        return build(backbone, checkpoint=self.checkpoint(backbone), device=self.device)
+        return build(backbone, checkpoint=self.checkpoint(backbone), device=self.device, precision="auto")
 
     def runtime_options(self, backbone: str) -> RuntimeOptions:
         """For job functions that are called in this process."""
