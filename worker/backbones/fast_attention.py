@@ -6,7 +6,7 @@ scaled scores nor their softmax are written to memory. On two CPU cores this hal
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
@@ -31,9 +31,23 @@ def fused_attention(attention: Attention, x: Tensor) -> Tensor:
     bias = None
     if attention.use_rel_pos:
         grid = q.reshape(batch * heads, height, width, -1)
-        rows = torch.einsum("bhwc,hkc->bhwk", grid, get_rel_pos(height, height, attention.rel_pos_h))
-        columns = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(width, width, attention.rel_pos_w))
+        rows = torch.einsum("bhwc,hkc->bhwk", grid, _relative(attention.rel_pos_h, height))
+        columns = torch.einsum("bhwc,wkc->bhwk", grid, _relative(attention.rel_pos_w, width))
         bias = (rows[..., :, None] + columns[..., None, :]).reshape(batch, heads, height * width, -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     out = out.transpose(1, 2).reshape(batch, height, width, -1)
     return attention.proj(out)  # type: ignore[no-any-return]
+
+
+def _relative(table: Tensor, size: int) -> Tensor:
+    """`get_rel_pos(size, size, table)`, without sending its index to the device each time: (size, size, C)."""
+    if len(table) != 2 * size - 1:
+        return get_rel_pos(size, size, table)  # type: ignore[no-any-return]
+    return table[_differences(size, table.device)]
+
+
+@cache
+def _differences(size: int, device: torch.device) -> Tensor:
+    """Row minus column, from 0 on: (size, size) int64."""
+    places = torch.arange(size)
+    return (places[:, None] - places[None] + size - 1).to(device)

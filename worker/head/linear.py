@@ -84,10 +84,11 @@ class LinearPosterior:
         """
         if len(labels) == 0:
             return self
-        design = (features @ self.factor).double()
-        offset = (features @ self.mean).double()
-        sign = 2.0 * labels.double() - 1.0
-        identity = torch.eye(design.shape[1], dtype=torch.float64, device=design.device)
+        # On the processor: each step looks at a loss, and a GPU would have to be waited for each time.
+        design = (features @ self.factor).double().cpu()
+        offset = (features @ self.mean).double().cpu()
+        sign = 2.0 * labels.double().cpu() - 1.0
+        identity = torch.eye(design.shape[1], dtype=torch.float64)
 
         def loss(z: Tensor) -> float:
             return float(0.5 * z @ z - weight * F.logsigmoid(sign * (offset + design @ z)).sum())
@@ -96,7 +97,7 @@ class LinearPosterior:
             inside = torch.sigmoid(offset + design @ z)
             return identity + weight * (design.T * (inside * (1.0 - inside))) @ design
 
-        z = torch.zeros(design.shape[1], dtype=torch.float64, device=design.device)
+        z = torch.zeros(design.shape[1], dtype=torch.float64)
         current = loss(z)
         for _ in range(_NEWTON_STEPS):
             gradient = z - weight * design.T @ (sign * torch.sigmoid(-sign * (offset + design @ z)))
@@ -112,7 +113,7 @@ class LinearPosterior:
         root = torch.linalg.cholesky(hessian(z))
         inverse_root = torch.linalg.solve_triangular(root, identity, upper=False).T
         return LinearPosterior(
-            self.names, self.mean + self.factor @ z.float(), self.factor @ inverse_root.to(self.factor.dtype)
+            self.names, self.mean + self.factor @ z.to(self.factor), self.factor @ inverse_root.to(self.factor)
         )
 
 
