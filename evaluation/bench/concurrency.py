@@ -5,16 +5,20 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import redis
+from PIL import Image
 from rq import Queue as RqQueue
 from rq.serializers import JSONSerializer
 
 from evaluation.bench.click import CLICKS, clicks_of
 from evaluation.bench.server import Page, Server, has_redis, shared
-from evaluation.bench.setup import Bench, summary
+from evaluation.bench.setup import Bench, scene, summary
+from evaluation.clicker import Mask, human_like_click
+from worker.backbones import Backbone
 from worker.contract import (
     PRELABEL,
     Click,
@@ -25,12 +29,18 @@ from worker.contract import (
     Prompts,
     Queue,
 )
-from worker.embeddings import encode_resized, resize
+from worker.decode import Decoded, decode_next
+from worker.embeddings import Embedding, encode, encode_resized, resize
+from worker.masks import to_mask
+from worker.zoom import Look, looker
 
 WIDTH, HEIGHT = 1024, 1024
 ANNOTATORS = (1, 2, 4, 8, 16)
 #: Seconds between an answer and the next click: drawn evenly from this range.
 THINK_S = (0.5, 2.0)
+#: Objects that an annotator clicks on before the first one comes again, and clicks on each.
+OBJECTS, CLICKS_EACH = 6, 4
+Clicks = list[tuple[float, float, bool]]  # (x %, y %, positive)
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -41,10 +51,12 @@ def measure(bench: Bench) -> dict[str, Any]:
     counts = ANNOTATORS if not bench.quick else ANNOTATORS[:3:2]
     seconds = float(bench.count(30, 2))
     server = shared(bench, name)
+    bench.say(f"concurrency: {name}, what {max(counts)} annotators click on")
+    sessions = _sessions(bench, name, max(counts))
     _encode_all(bench, server, max(counts))
     for count in counts:
         bench.say(f"concurrency: {name}, {count} annotators")
-        times = _annotate(bench, server, count, seconds)
+        times = _annotate(bench, server, sessions[:count], seconds)
         medians = [statistics.median(own) for own in times]
         found["concurrency"][str(count)] = {
             **summary([spent for own in times for spent in own]),
@@ -62,14 +74,37 @@ def _image_of(bench: Bench, annotator: int) -> Any:
     return bench.image(f"annotator-{annotator}", annotator, WIDTH, HEIGHT)
 
 
+def _sessions(bench: Bench, name: str, count: int) -> list[list[Clicks]]:
+    """By annotator the clicks on some objects of their picture, as the human-like user makes them there."""
+    backbone, found = bench.build(name), []
+    for annotator in range(count):
+        pixels = np.array(Image.open(_image_of(bench, annotator)))
+        labels = scene(annotator, HEIGHT, WIDTH).labels
+        embedding, look, rng = encode(backbone, pixels), looker(backbone, pixels), np.random.default_rng(annotator)
+        numbers = np.resize(rng.permutation(np.arange(1, labels.max() + 1)), bench.count(OBJECTS, 2))
+        found.append([_clicks_on(labels == number, backbone, embedding, look, rng) for number in numbers])
+    return found
+
+
+def _clicks_on(truth: Mask, backbone: Backbone, embedding: Embedding, look: Look, rng: np.random.Generator) -> Clicks:
+    before: Decoded | None = None
+    prompts, mask = Prompts(), np.zeros(truth.shape, bool)
+    while len(prompts.clicks) < CLICKS_EACH and (click := human_like_click(truth, mask, prompts.clicks, rng)):
+        prompts = Prompts(clicks=(*prompts.clicks, click))
+        before = decode_next(backbone, embedding, prompts, before, look)
+        mask = to_mask(before.logits, before.frame, prompts)
+    return [(100 * click.x / WIDTH, 100 * click.y / HEIGHT, click.positive) for click in prompts.clicks]
+
+
 def _encode_all(bench: Bench, server: Server, count: int) -> None:
     with server.page() as page:
         for annotator in range(count):
             page.click(_image_of(bench, annotator), annotator, f"warm-{annotator}", list(CLICKS[:1]))
 
 
-def _annotate(bench: Bench, server: Server, count: int, seconds: float) -> list[list[float]]:
+def _annotate(bench: Bench, server: Server, sessions: list[list[Clicks]], seconds: float) -> list[list[float]]:
     """Milliseconds of each annotator's clicks."""
+    count = len(sessions)
     times: list[list[float]] = [[] for _ in range(count)]
     failed: list[Exception] = []
     until = time.monotonic() + seconds
@@ -79,12 +114,15 @@ def _annotate(bench: Bench, server: Server, count: int, seconds: float) -> list[
         time.sleep(rng.uniform(0, THINK_S[1]))
         try:
             with server.page() as page:
-                turn = 0
+                turns = (
+                    (done, clicks[: last + 1])
+                    for done, clicks in enumerate(cycle(sessions[number]))
+                    for last in range(len(clicks))
+                )
                 while time.monotonic() < until or not times[number]:
-                    done, last = divmod(turn, len(CLICKS))
-                    given, session = clicks_of(done + 1)[: last + 1], f"{count}-{number}-{done}"
+                    done, given = next(turns)
+                    session = f"{count}-{number}-{done}"
                     times[number].append(page.click(_image_of(bench, number), number, session, given))
-                    turn += 1
                     time.sleep(rng.uniform(*THINK_S))
         except Exception as error:
             failed.append(error)

@@ -65,5 +65,5 @@ def test_the_table_names_what_is_in_use_and_why_a_way_is_left_out(tmp_path: Path
     ran = {"seconds": 2.0, "speed_up": 1.5, "relative_error": 0.0, "mask_iou": 1.0, "chosen": True}
     write({"encoder": {"tiny": {"quick": ran, "other": {"left_out": "it is not installed"}}}}, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert "| `tiny`, **quick** (in use) | 2.0 | 1.5 | 0.0e+00 | 1.0 | - |" in text
+    assert "| `tiny`, **quick** (in use) | 2 | 1.5 | 0.0e+00 | 1.0 | - |" in text
     assert "| `tiny`, other | left out: it is not installed |  |  |  |  |" in text
