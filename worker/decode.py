@@ -129,7 +129,10 @@ def _view(
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
+    first, *others = values
+    for other in others:
+        first = first + other
+    return first / len(values) if others else first
 
 
 def decode_next(

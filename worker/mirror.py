@@ -23,12 +23,18 @@ def mirrored_map(values: Tensor, frame: Frame) -> Tensor:
     """Maps (..., h, w) of `frame`, mirrored; where the image ends within a column, between neighbouring columns."""
     last = frame.width - 1.0
     whole = math.floor(last)
-    columns = whole - torch.arange(values.shape[-1], device=values.device)
-    left = values[..., columns.clamp(min=0)]
+    left = _from(whole, values)
     share = last - whole
-    if not share:
-        return left
-    return left.lerp(values[..., (columns + 1).clamp(0, values.shape[-1] - 1)], share)
+    return left.lerp(_from(whole + 1, values), share) if share else left
+
+
+def _from(last: int, values: Tensor) -> Tensor:
+    """Maps (..., h, w) with column `last` first, the one before it second and so on; beyond either end its column."""
+    width = values.shape[-1]
+    before = values[..., -1:].expand(*values.shape[:-1], max(last + 1 - width, 0))
+    after = values[..., :1].expand(*values.shape[:-1], max(width - last - 1, 0))
+    parts = before, values[..., : last + 1].flip(-1), after
+    return torch.cat([part for part in parts if part.shape[-1]], -1)[..., :width]
 
 
 def mirrored_points(points: Tensor, frame: Frame) -> Tensor:

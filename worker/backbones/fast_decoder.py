@@ -3,6 +3,8 @@
 On a processor the decoder is bound by memory. What it reads and writes in vain is left out here:
 - the grid's positional encoding is added before three projections of each layer; these are linear, so its own
   projection, which never changes, is added to their result, and the three are one product;
+- the fused attention is two to three times as quick with a multiple of 16 keys, so that the few tokens that the cells
+  ask are filled up to one;
 - transposed convolutions whose kernel is as large as their stride are products too, and with the channels last their
   layer norms need no transposition.
 """
@@ -16,6 +18,9 @@ import torch
 from segment_anything.modeling.mask_decoder import MaskDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+#: What the number of keys is filled up to a multiple of, where many queries ask few keys.
+FILLED = 16
 
 
 class DecoderOutput(NamedTuple):
@@ -83,7 +88,7 @@ class FastDecoder:
             queries = layer.norm2(queries + _attention(layer.cross_attn_token_to_image, queries + tokens, keys, values))
             queries = layer.norm3(queries + layer.mlp(queries))
             back = layer.cross_attn_image_to_token
-            answer = _heads_attend(back.num_heads, asked, back.k_proj(queries + tokens), back.v_proj(queries))
+            answer = _cells_ask(back.num_heads, asked, back.k_proj(queries + tokens), back.v_proj(queries))
             image = layer.norm4(back.out_proj(answer).add_(image))
         keys, values = self._last(image)
         last = transformer.final_attn_token_to_image
@@ -131,7 +136,19 @@ def _attention(attention: Any, queries: Tensor, keys: Tensor, values: Tensor) ->
     return answer
 
 
-def _heads_attend(heads: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """(B, n, D) queries on (B, m, D) keys and values: (B, n, D)."""
+def _cells_ask(heads: int, cells: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`_heads_attend` for many queries and few keys."""
+    count = keys.shape[1]
+    more = -count % FILLED if keys.device.type == "cpu" else 0
+    if not more:
+        return _heads_attend(heads, cells, keys, values)
+    mask = torch.zeros(1, count + more)
+    mask[:, count:] = -torch.inf
+    keys, values = (F.pad(part, (0, 0, 0, more)) for part in (keys, values))
+    return _heads_attend(heads, cells, keys, values, mask.expand(cells.shape[1], -1))
+
+
+def _heads_attend(heads: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, n, D) queries on (B, m, D) keys and values, with a mask (n, m) to add or none: (B, n, D)."""
     q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in (queries, keys, values))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
