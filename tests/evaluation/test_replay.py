@@ -27,7 +27,7 @@ A, B, C = ("a", 30.0, 25.0), ("b", 60.0, 50.0, False), ("c", 45.0, 12.0)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images: one with a square and a smaller one in it, one with a square."""
+    """Two images: one with a square and a smaller one in it, one with a square; faint: a second click counts."""
     root = tmp_path / "squares"
     root.mkdir()
     boxes = {"big": (slice(10, 40), slice(20, 50)), "small": (slice(20, 30), slice(25, 35))}
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         for name in names:
             mask = np.zeros((HEIGHT, WIDTH), np.uint8)
             mask[boxes[name]] = 255
-            image[mask > 0] += 60
+            image[mask > 0] += 25
             Image.fromarray(mask).save(root / f"{name}-{number}.png")
             pairs.append({"image": f"my picture {number}.png", "mask": f"{name}-{number}.png"})
         Image.fromarray(image).save(root / f"my picture {number}.png")
