@@ -48,8 +48,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     `background`: clicks over RQ while the same worker pre-labels, beside clicks while it does not."""
     name = bench.backbones[0]
     found: dict[str, Any] = {"concurrency": {}}
-    counts = ANNOTATORS if not bench.quick else ANNOTATORS[:3:2]
-    seconds = float(bench.count(30, 2))
+    counts = ANNOTATORS if not bench.quick else ANNOTATORS[:2]
+    seconds = float(bench.count(30, 1))
     server = shared(bench, name)
     bench.say(f"concurrency: {name}, what {max(counts)} annotators click on")
     sessions = _sessions(bench, name, max(counts))
@@ -81,7 +81,7 @@ def _sessions(bench: Bench, name: str, count: int) -> list[list[Clicks]]:
         pixels = np.array(Image.open(_image_of(bench, annotator)))
         labels = scene(annotator, HEIGHT, WIDTH).labels
         embedding, look, rng = encode(backbone, pixels), looker(backbone, pixels), np.random.default_rng(annotator)
-        numbers = np.resize(rng.permutation(np.arange(1, labels.max() + 1)), bench.count(OBJECTS, 2))
+        numbers = np.resize(rng.permutation(np.arange(1, labels.max() + 1)), bench.count(OBJECTS, 1))
         found.append([_clicks_on(labels == number, backbone, embedding, look, rng) for number in numbers])
     return found
 
@@ -138,7 +138,7 @@ def _annotate(bench: Bench, server: Server, sessions: list[list[Clicks]], second
 
 
 def _beside_a_batch(bench: Bench, name: str, server: Server, page: Page) -> dict[str, Any]:
-    rounds = bench.count(*((30, 3) if name == "tiny" else (8, 2)))
+    rounds = bench.count(30 if name == "tiny" else 8, 2)
     # The same picture twice, of other bytes: the same clicks, and no part that they look at is encoded already.
     quiet, crowded = (bench.image(beside, 0, WIDTH, HEIGHT) for beside in ("beside-nothing", "beside-a-batch"))
     for image in (quiet, crowded):

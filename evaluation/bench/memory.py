@@ -25,7 +25,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         bench.say("memory is measured on Linux only")
         return {}
     name = bench.backbones[0]
-    images, clicks, cache_mb = bench.count(500, 4), bench.count(CLICKS, 3), bench.count(CACHE_MB, 4)
+    images, clicks, cache_mb = bench.count(500, 3), bench.count(CLICKS, 2), bench.count(CACHE_MB, 4)
     each = _bytes_of_an_image(bench, name)
     warm_up = max(int(1.5 * cache_mb * 2**20 / each), images // 5)
     warm_up = min(warm_up, images // 2)
