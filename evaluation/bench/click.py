@@ -15,7 +15,7 @@ from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
 from evaluation.bench.server import Page, has_redis, shared
-from evaluation.bench.setup import SIZES, Bench, summary, synchronise
+from evaluation.bench.setup import SIZES, Bench, published, summary, synchronise
 from worker.backbones import Backbone
 from worker.embeddings import Embedding
 
@@ -39,13 +39,7 @@ class Stock:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        sam = backbone.sam
-        if backbone.name in sam_model_registry:
-            # An untouched model: ours has another attention in its encoder. The weights are shared.
-            sam = sam_model_registry[backbone.name]()
-            sam.load_state_dict(backbone.sam.state_dict(), assign=True)
-            sam.to(backbone.device).eval()  # its constants are in no state dict
-        self.predictor = SamPredictor(sam)
+        self.predictor = SamPredictor(published(backbone) if backbone.name in sam_model_registry else backbone.sam)
         self._mask_input: Tensor | None = None
 
     def look_at(self, embedding: Embedding) -> None:

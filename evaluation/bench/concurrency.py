@@ -30,7 +30,7 @@ from worker.contract import (
     Queue,
 )
 from worker.decode import Decoded, decode_next
-from worker.embeddings import Embedding, encode, encode_resized, resize
+from worker.embeddings import Embedding, encode_resized, resize
 from worker.masks import to_mask
 from worker.zoom import Look, looker
 
@@ -78,9 +78,9 @@ def _sessions(bench: Bench, name: str, count: int) -> list[list[Clicks]]:
     """By annotator the clicks on some objects of their picture, as the human-like user makes them there."""
     backbone, found = bench.build(name), []
     for annotator in range(count):
-        pixels = np.array(Image.open(_image_of(bench, annotator)))
-        labels = scene(annotator, HEIGHT, WIDTH).labels
-        embedding, look, rng = encode(backbone, pixels), looker(backbone, pixels), np.random.default_rng(annotator)
+        image, labels = _image_of(bench, annotator), scene(annotator, HEIGHT, WIDTH).labels
+        embedding, look = bench.encoded(backbone, image), looker(backbone, np.array(Image.open(image)))
+        rng = np.random.default_rng(annotator)
         numbers = np.resize(rng.permutation(np.arange(1, labels.max() + 1)), bench.count(OBJECTS, 1))
         found.append([_clicks_on(labels == number, backbone, embedding, look, rng) for number in numbers])
     return found

@@ -16,6 +16,7 @@ import torch
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
+from evaluation.bench.setup import published
 from worker.backbones import Backbone
 from worker.backbones.fast_encoder import fast_encoder
 from worker.precision import half_precision, running_in
@@ -46,13 +47,8 @@ def ways_of(backbone: Backbone, chosen: torch.dtype | None) -> dict[str, Way]:
     low = half_precision(backbone.device) or torch.bfloat16
     best = f"{_name(chosen)}, {how}".rstrip(", ")
 
-    def published() -> nn.Module:
-        if not vit:
-            return backbone.sam.image_encoder  # type: ignore[no-any-return]
-        sam = sam_model_registry[backbone.name]()
-        weights = {name: value.contiguous() for name, value in backbone.sam.state_dict().items()}
-        sam.load_state_dict(weights, assign=True)
-        return sam.eval().image_encoder  # type: ignore[no-any-return]
+    def as_published() -> nn.Module:
+        return (published(backbone) if vit else backbone.sam).image_encoder  # type: ignore[no-any-return]
 
     def in_type(encoder: Run, dtype: torch.dtype | None) -> Run:
         def run(image: Tensor) -> Tensor:
@@ -61,9 +57,9 @@ def ways_of(backbone: Backbone, chosen: torch.dtype | None) -> dict[str, Way]:
 
         return run
 
-    ways = {"float32 as published": Way(published, chosen=not how and chosen is None)}
+    ways = {"float32 as published": Way(as_published, chosen=not how and chosen is None)}
     if vit and backbone.device.type == "cpu":
-        ways["float32, channels-last"] = Way(lambda: fast_encoder(published(), backbone.device))
+        ways["float32, channels-last"] = Way(lambda: fast_encoder(as_published(), backbone.device))
     if how:
         ways[f"float32, {how}"] = Way(lambda: ours, chosen=chosen is None)
     ways[f"{_name(low)}, {how}".rstrip(", ")] = Way(lambda: in_type(ours, low), chosen=chosen is low)

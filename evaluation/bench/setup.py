@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
 
 from evaluation.scenes import Scene, draw
 from worker.backbones import BACKBONES, Backbone, build
@@ -112,6 +114,14 @@ class Bench:
         own = {"DATA_DIR": str(self.folder / "data"), "LOCAL_ROOTS": str(self.folder), "BACKBONE": backbone}
         own |= {"DEVICE": self.device, "CHECKPOINT": str(checkpoint or ""), "PREFETCH": "0", **settings}
         return clean | {f"BALD_SAM_{name}": value for name, value in own.items()}
+
+
+def published(backbone: Backbone) -> Sam:
+    """The weights of a ViT backbone in the published code, on its device: ours has another attention in its encoder."""
+    sam = sam_model_registry[backbone.name]()
+    # As published in memory too: ours has the channels last in some.
+    sam.load_state_dict({name: value.contiguous() for name, value in backbone.sam.state_dict().items()}, assign=True)
+    return sam.to(backbone.device).eval()  # its constants are in no state dict
 
 
 def summary(milliseconds: Sequence[float]) -> dict[str, float]:
