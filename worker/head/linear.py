@@ -85,9 +85,9 @@ class LinearPosterior:
         if len(labels) == 0:
             return self
         # On the processor: each step looks at a loss, and a GPU would have to be waited for each time.
-        design = (features @ self.factor).double().cpu()
-        offset = (features @ self.mean).double().cpu()
-        sign = 2.0 * labels.double().cpu() - 1.0
+        design = (features @ self.factor).cpu().double()
+        offset = (features @ self.mean).cpu().double()
+        sign = 2.0 * labels.cpu().double() - 1.0
         identity = torch.eye(design.shape[1], dtype=torch.float64)
 
         def loss(z: Tensor) -> float:
