@@ -50,7 +50,7 @@ def warm_up(sam: Sam, *, steps: int, side: int, count: int, lr: float, seed: int
     resize_tiny(sam, side)
     parameters = [*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    curve = []
+    curve, clickers = [], Clickers()
     sam.train()
     for step in range(steps):
         rng = np.random.default_rng((seed, 55, step))
@@ -59,7 +59,7 @@ def warm_up(sam: Sam, *, steps: int, side: int, count: int, lr: float, seed: int
         for group in optimiser.param_groups:
             group["lr"] = lr * factor
         inputs = embeddings.to(sam.device), truths.to(sam.device)
-        loss, log = session_loss(sam, *inputs, rng, plan(rng), Clickers(), box_share=0.12)
+        loss, log = session_loss(sam, *inputs, rng, plan(rng), clickers, box_share=0.12)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -164,8 +164,8 @@ def test_parts_of_a_huge_image_are_cut_from_a_smaller_copy(monkeypatch: pytest.M
     assert found is not None
     assert (found.original_size, found.window) == (SIZE, Window(400, 120, 620, 300))
     alone = encode(backbone, np.ascontiguousarray(half[60:150, 200:310]))
-    # Rounded to half precision: two images in one pass are summed in another order.
-    assert torch.allclose(found.features[:1].float(), alone.features.float(), atol=4e-3)
+    # To one step of half precision: two images in one pass are summed in another order.
+    assert torch.allclose(found.features[:1].float(), alone.features.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_small_object_is_cut_out_better_from_near() -> None:
