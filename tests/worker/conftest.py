@@ -1,15 +1,24 @@
-"""Web servers that images are fetched from."""
+"""Web servers that images are fetched from, names that look-ups give, and what a refusal must say."""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
+
+from worker import addresses, fetch
+from worker.addresses import ImageError
+from worker.contract import ImageRef, RuntimeOptions
 
 PICTURE = b"bytes of a picture"
+SECRET = "0123456789abcdef"
 
 
 class Server:
@@ -70,3 +79,74 @@ def other() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
+
+
+class Anything(dict[str, Any]):
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.answer
+
+
+@pytest.fixture
+def victim(other: Server) -> Server:
+    """Answers everything, on this machine."""
+    other.answers = Anything(lambda handler: handler.reply(200, PICTURE))  # type: ignore[assignment]
+    return other
+
+
+def options(label_studio: Server | None = None, **more: Any) -> RuntimeOptions:
+    return RuntimeOptions(
+        data_dir=Path("unused"),
+        label_studio_url=label_studio.url if label_studio else None,
+        label_studio_api_key=SecretStr(SECRET),
+        **{"fetch_timeout_s": 5.0, **more},
+    )
+
+
+def refused(url: str, with_options: RuntimeOptions, **ref: Any) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        fetch.fetch(ImageRef(url=url, **ref), with_options)
+    assert 400 <= caught.value.status < 600
+    assert caught.value.error
+    assert caught.value.hint
+    assert SECRET not in str(caught.value)
+    return caught.value
+
+
+def names(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[list[str]]:
+    """Let look-ups give these answers, one after the other, the last one again and again; returns those given."""
+    given: list[list[str]] = []
+
+    def lookup(host: str, port: int, **how: Any) -> list[Any]:
+        given.append(answers[min(len(given), len(answers) - 1)])
+        family = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(family[":" in ip], socket.SOCK_STREAM, 6, "", (ip, port)) for ip in given[-1]]
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
+    return given
+
+
+class DeadEnds(list[str]):
+    """Sockets that only note where they should connect to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
+        outer = self
+
+        class Socket:
+            def __init__(self, *args: Any) -> None:
+                self.limit = 0.0
+
+            def settimeout(self, value: float) -> None:
+                self.limit = value
+
+            def close(self) -> None: ...
+
+            def connect(self, target: Any) -> None:
+                outer.append(target[0])
+                time.sleep(min(seconds, self.limit))
+                raise ConnectionRefusedError
+
+        super().__init__()
+        monkeypatch.setattr(addresses.socket, "socket", Socket)

@@ -1,4 +1,4 @@
-"""What a task's URL may try: reach into the network, climb out of routes, get the token sent elsewhere, hold a worker.
+"""What a task's URL may try: reach into the network, climb out of routes, get the token sent elsewhere.
 
 In each case the address that must not be reached is a server that really listens; what counts is that it is not asked,
 and that nothing connects to any other private address.
@@ -6,59 +6,18 @@ and that nothing connects to any other private address.
 
 from __future__ import annotations
 
-import gzip
 import socket
-import threading
-import time
-import tracemalloc
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
-from tests.worker.conftest import PICTURE, Server
-from worker import addresses, fetch
-from worker.addresses import ImageError, is_public
-from worker.contract import ImageRef, RuntimeOptions
+from tests.worker.conftest import PICTURE, SECRET, Anything, DeadEnds, Server, names, options, refused
+from worker import fetch
+from worker.addresses import is_public
+from worker.contract import ImageRef
 
-SECRET = "0123456789abcdef"
 PORT = "{port}"
-
-
-def options(label_studio: Server | None = None, **more: Any) -> RuntimeOptions:
-    return RuntimeOptions(
-        data_dir=Path("unused"),
-        label_studio_url=label_studio.url if label_studio else None,
-        label_studio_api_key=SecretStr(SECRET),
-        **{"fetch_timeout_s": 5.0, **more},
-    )
-
-
-def refused(url: str, with_options: RuntimeOptions, **ref: Any) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        fetch.fetch(ImageRef(url=url, **ref), with_options)
-    assert 400 <= caught.value.status < 600
-    assert caught.value.error
-    assert caught.value.hint
-    assert SECRET not in str(caught.value)
-    return caught.value
-
-
-@pytest.fixture
-def victim(other: Server) -> Server:
-    """Answers everything, on this machine."""
-    other.answers = Anything(lambda handler: handler.reply(200, PICTURE))  # type: ignore[assignment]
-    return other
-
-
-class Anything(dict[str, Any]):
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.answer
 
 
 @pytest.fixture
@@ -272,43 +231,6 @@ def test_paths_of_label_studio_cannot_climb(label_studio: Server, url: str, abso
     assert label_studio.asked == []
 
 
-def names(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[list[str]]:
-    """Let look-ups give these answers, one after the other, the last one again and again; returns those given."""
-    given: list[list[str]] = []
-
-    def lookup(host: str, port: int, **how: Any) -> list[Any]:
-        given.append(answers[min(len(given), len(answers) - 1)])
-        family = {True: socket.AF_INET6, False: socket.AF_INET}
-        return [(family[":" in ip], socket.SOCK_STREAM, 6, "", (ip, port)) for ip in given[-1]]
-
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lookup)
-    return given
-
-
-class DeadEnds(list[str]):
-    """Sockets that only note where they should connect to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
-        outer = self
-
-        class Socket:
-            def __init__(self, *args: Any) -> None:
-                self.limit = 0.0
-
-            def settimeout(self, value: float) -> None:
-                self.limit = value
-
-            def close(self) -> None: ...
-
-            def connect(self, target: Any) -> None:
-                outer.append(target[0])
-                time.sleep(min(seconds, self.limit))
-                raise ConnectionRefusedError
-
-        super().__init__()
-        monkeypatch.setattr(addresses.socket, "socket", Socket)
-
-
 def test_a_name_whose_answer_changes_is_connected_where_it_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """DNS rebinding: every look-up counts, and what is connected to is what was looked at."""
     given = names(monkeypatch, ["8.8.8.8"], ["127.0.0.1"])
@@ -360,65 +282,3 @@ def test_an_allowed_host_is_that_host_alone(victim: Server) -> None:
 )
 def test_public_addresses_are_public(address: str) -> None:
     assert is_public(address)
-
-
-# --- a server that wants to hold the worker ---------------------------------------------------------------------------
-
-
-def in_time(call: Any, seconds: float = 20.0) -> Any:
-    """What `call` gives, or a failure when it takes far longer than it may."""
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert found, "still not given up"
-    return found[0]
-
-
-def test_a_server_cannot_say_how_long_to_wait(victim: Server) -> None:
-    victim.answers = Anything(lambda handler: handler.reply(503, b"", Retry_After="86400"))  # type: ignore[assignment]
-    allowed = options(allowed_hosts=("127.0.0.1",))
-    assert in_time(lambda: refused(f"{victim.url}/a.png", allowed)).status == 502
-
-
-def test_a_name_with_many_dead_addresses_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    names(monkeypatch, [f"8.8.{number}.8" for number in range(200)])
-    reached = DeadEnds(monkeypatch, seconds=0.3)
-    assert in_time(lambda: refused("http://dead.example/a.png", options(fetch_timeout_s=1.0))).status == 504
-    assert len(reached) < 20
-
-
-def test_a_name_that_nobody_answers_for_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *args, **how: time.sleep(60))
-    assert in_time(lambda: refused("http://slow.example/a.png", options(fetch_timeout_s=0.3))).status == 504
-
-
-@pytest.mark.parametrize("encodings", [1, 3, 50])
-def test_a_packed_bomb_is_counted_as_it_unpacks(victim: Server, encodings: int) -> None:
-    """A quarter of a gigabyte of zeros, packed once or more."""
-    body = gzip.compress(bytes(1 << 28), 1)
-    for _ in range(min(encodings, 3) - 1):
-        body = gzip.compress(body)
-    name = ", ".join(["gzip"] * encodings)
-    victim.answers = Anything(lambda handler: handler.reply(200, body, Content_Encoding=name))  # type: ignore[assignment]
-    allowed = options(allowed_hosts=("127.0.0.1",), max_image_mb=2)
-    tracemalloc.start()
-    try:
-        error = refused(f"{victim.url}/a.png", allowed)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert error.status in (413, 502)
-    assert peak < 64 << 20
-
-
-def test_a_length_that_lies_is_no_way_around_the_limit(victim: Server) -> None:
-    def lie(handler: Any) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", "-1")
-        handler.end_headers()
-        handler.wfile.write(b"x" * (3 << 20))
-
-    victim.answers = Anything(lie)  # type: ignore[assignment]
-    error = refused(f"{victim.url}/a.png", options(allowed_hosts=("127.0.0.1",), max_image_mb=1))
-    assert error.status in (413, 502)

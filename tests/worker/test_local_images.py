@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.worker.conftest import PICTURE
-from tests.worker.test_fetch_attacks import options, refused
+from tests.worker.conftest import PICTURE, options, refused
 from worker import fetch, local_images
 from worker.contract import ImageRef
 
