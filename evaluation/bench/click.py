@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from label_studio_sdk.converter import brush
 from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
-from evaluation.bench.server import Page, has_redis, shared
+from evaluation.bench.server import Page, Server, has_redis, shared
 from evaluation.bench.setup import SIZES, Bench, published, summary, synchronise
 from worker.backbones import Backbone
 from worker.embeddings import Embedding
@@ -88,33 +89,44 @@ class Stock:
 
 def measure(bench: Bench) -> dict[str, Any]:
     """`click` and `stages`, by backbone and size: milliseconds; `click_ratio`, see `_ratios`; `proposal_share`: the
-    proposal by the bare decoder with the same prompts, median over clicks, the larger of both sizes'."""
+    proposal by the bare decoder with the same prompts, median over clicks, the largest of all sizes'. All are noted
+    after each backbone and size."""
     found: dict[str, Any] = {"click": {}, "stages": {}, "click_ratio": {}, "proposal_share": {}}
     for name in bench.backbones:
         clicks: dict[str, Any] = {}
         stages: dict[str, Any] = {}
         ratios: dict[str, Any] = {}
         with ExitStack() as stack:
-            pages = {"embedded": stack.enter_context(shared(bench, name).page())}
-            if has_redis():
-                pages["rq"] = stack.enter_context(shared(bench, name, queue=True).page())
-            else:
-                bench.say("redis-server is not installed: clicks over RQ are not measured")
-            backbone = bench.build(name)
+            servers, backbone = _started(bench, name)
+            pages = {way: stack.enter_context(server.page()) for way, server in servers.items()}
             stock = Stock(backbone)
-            for number, (size, (width, height)) in enumerate(SIZES.items(), 1):
+            for number, size in enumerate(bench.sizes, 1):
                 bench.say(f"clicks: {name}, {size}")
-                image = bench.image(f"click-{size}", 3, width, height)
+                image = bench.image(f"click-{size}", 3, *SIZES[size])
                 rounds = bench.count(12 if name == "tiny" else 8, 1)
                 stock.look_at(bench.encoded(backbone, image))
                 times, parts = _one(pages, stock, image, number, rounds, bench.count(PAUSE_MS, 20) / 1000)
                 clicks[size] = {way: summary(spent) for way, spent in times.items()}
                 stages[size] = {stage: summary(spent) for stage, spent in parts.items() if max(spent) > 0}
                 ratios[size] = _ratios(times, parts)
-        found["click"][name], found["stages"][name] = clicks, stages
-        found["click_ratio"][name] = ratios
-        found["proposal_share"][name] = max(one["proposal_to_decoder"] for one in ratios.values())
+                found["click"][name], found["stages"][name], found["click_ratio"][name] = clicks, stages, ratios
+                found["proposal_share"][name] = max(one["proposal_to_decoder"] for one in ratios.values())
+                bench.note("click", found)
     return found
+
+
+def _started(bench: Bench, backbone: str) -> tuple[dict[str, Server], Backbone]:
+    """The servers by way, and the same model in this process; they start beside each other."""
+    queues = {"embedded": False}
+    if has_redis():
+        queues["rq"] = True
+    else:
+        bench.say("redis-server is not installed: clicks over RQ are not measured")
+    bench.checkpoint(backbone)  # all of them read it
+    with ThreadPoolExecutor() as pool:
+        starting = {way: pool.submit(shared, bench, backbone, queue=queue) for way, queue in queues.items()}
+        model = bench.build(backbone)
+        return {way: server.result() for way, server in starting.items()}, model
 
 
 def _ratios(times: dict[str, list[float]], stages: dict[str, list[float]]) -> dict[str, float]:
@@ -148,6 +160,8 @@ def _one(
         for count in range(1, len(CLICKS) + 1):
             given = clicks_of(turn + 1)[:count]
             for way in (*pages, "decoder", "stock"):
+                if turn < 0 and way == "stock" and count > 1:
+                    continue  # the decoder has warmed up what they share, and a mask of noise takes the SDK seconds
                 time.sleep(pause_s)
                 if way in pages:
                     spent = pages[way].click(image, task, session, given)

@@ -42,15 +42,19 @@ def scene(seed: int, height: int, width: int) -> Scene:
 class Bench:
     """One run. `folder`: where images and random weights are written; `label_config`: of the project that clicks.
 
-    `running`: what lasts until the end of the run; `servers`: those of `server.shared`.
+    `sizes`: of `SIZES`, those that clicks are timed on. `note`: keeps the figures that a part has so far, by the part's
+    name, for one that takes long enough to be cut off. `running`: what lasts until the end of the run; `servers`: those
+    of `server.shared`.
     """
 
     backbones: tuple[str, ...]
+    sizes: tuple[str, ...]
     device: str
     quick: bool
     folder: Path
     label_config: str
     say: Callable[[str], None]
+    note: Callable[[str, dict[str, Any]], None]
     running: ExitStack = field(default_factory=ExitStack)
     servers: dict[tuple[str, bool], Any] = field(default_factory=dict)
 

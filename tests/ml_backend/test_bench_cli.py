@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from evaluation.bench import report
+from evaluation.bench import click, report
 from evaluation.bench.server import has_redis
+from evaluation.bench.setup import Bench
 from ml_backend.cli import main
 
 QUANTILES = {"p50", "p95", "p99"}
@@ -69,3 +70,53 @@ def test_an_unknown_part_is_named() -> None:
     result = CliRunner().invoke(main, ["bench", "--only", "rle,speed"])
     assert result.exit_code == 2
     assert "no part speed" in result.output
+
+
+def test_an_unknown_size_is_named() -> None:
+    result = CliRunner().invoke(main, ["bench", "--only", "click", "--sizes", "1024x1024,12x12"])
+    assert result.exit_code == 2
+    assert result.output == "There is no size 12x12; there are 1024x1024, 4000x3000.\n"
+
+
+class _Stock:
+    def __init__(self, backbone: Any) -> None: ...
+    def look_at(self, embedding: Any) -> None: ...
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nothing is started, drawn or timed; the names of the images that clicks would have been timed on."""
+    images: list[str] = []
+
+    def one(pages: Any, stock: Any, image: Path, *_: Any) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        images.append(image.stem)
+        if len(images) == 3:
+            raise KeyboardInterrupt
+        milliseconds = float(len(images))
+        return {way: [milliseconds] for way in report.WAYS}, {"propose": [milliseconds], "decode": [1.0]}
+
+    monkeypatch.setattr(click, "_started", lambda bench, backbone: ({}, None))
+    monkeypatch.setattr(click, "Stock", _Stock)
+    monkeypatch.setattr(click, "_one", one)
+    monkeypatch.setattr(Bench, "image", lambda self, name, *_: Path(f"{name}.jpg"))
+    monkeypatch.setattr(Bench, "encoded", lambda *_: None)
+    return images
+
+
+def test_clicks_on_one_size(timed: list[str]) -> None:
+    found = bench("--only", "click", "--sizes", "4000x3000", "--quick")
+    assert timed == ["click-4000x3000"]
+    assert all(set(found[key]["tiny"]) == {"4000x3000"} for key in ("click", "stages", "click_ratio"))
+
+
+def test_clicks_that_are_cut_off_leave_the_figures_so_far(timed: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    options = ["--only", "click", "--backbones", "tiny,vit_b", "--quick", "--json", str(path)]
+    assert CliRunner().invoke(main, ["bench", *options]).exit_code == 1
+    assert timed == ["click-1024x1024", "click-4000x3000", "click-1024x1024"]
+    found = json.loads(path.read_text())
+    assert {size: ways["rq"]["p50"] for size, ways in found["click"].pop("tiny").items()} == {
+        "1024x1024": 1.0,
+        "4000x3000": 2.0,
+    }
+    assert found["click"] == {} and found["measured_on"]["click"]["quick"] == "yes"
