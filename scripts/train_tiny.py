@@ -25,7 +25,7 @@ from tiny import parallel
 from tiny.clicks import Clickers
 from tiny.curve import plot_curve
 from tiny.pool import Pool, pack
-from tiny.teacher import precompute
+from tiny.teacher import prepare
 from tiny.training import Run
 
 HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Pack, precompute, train, export; returns the exit status."""
+    """Pack, prepare the teacher, train, export; returns the exit status."""
     options = parse()
     config = read_config(options.config)
     torch.set_num_threads(options.threads)
@@ -95,9 +95,8 @@ def prepare_and_train(options: argparse.Namespace, config: dict[str, Any], devic
         pack(options.data, folder, config["pool"], max(options.workers, 1))
     if options.pack_only:
         return 0
-    if first and options.teacher and not (folder / "teacher.json").exists():
-        precompute(Pool(folder), options.teacher, folder, config["teacher"]["channels"],
-                   config["teacher"]["long_side"], device)  # fmt: skip
+    if first and options.teacher and not (folder / "teacher.safetensors").exists():
+        prepare(Pool(folder), options.teacher, folder, config["teacher"]["channels"], device)
     parallel.first_says(0.0)  # the others wait for what the first prepares
     clickers = Clickers(options.workers if device.type == "cuda" else 0)  # on a CPU they would take what training needs
     run = Run(config, folder, device=device, steps=options.steps, minutes=options.minutes, start=options.start,

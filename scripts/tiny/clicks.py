@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 Mask = NDArray[np.bool_]
+Start = NDArray[np.float64]  # 1 x 2: a click; 2 x 2: the corners of a box
+T = TypeVar("T")
 
 
 def to_frame(xy: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -51,6 +55,13 @@ def correction(truth: Mask, mask: Mask, rng: np.random.Generator, *, centre: boo
     return x0 + x, y0 + y, positive
 
 
+def start(truth: Mask, rng: np.random.Generator, *, boxed: bool, centre: bool) -> Start:
+    """The first prompt: a box about the object, or a click in it; corners or click as (x, y)."""
+    if boxed:
+        return box_around(truth, rng)
+    return np.array([inside(truth, rng, centre=centre)], float)
+
+
 class Clickers:
     """Processes that click on the objects of a batch at once: beside a GPU, one alone would take as long as the rest
     of the step. None of them with `count` 0: the clicks are made where they are asked for."""
@@ -61,24 +72,38 @@ class Clickers:
         if self.executor:  # before there is a GPU in this process, which is forked
             self.executor.submit(int).result()
 
+    def starts(self, truths: Mask, rng: np.random.Generator, *, box_share: float, centre: bool) -> Iterable[Start]:
+        """`start` of N objects (truths N x H x W): a box for a share of them, else a click; 40 % of the clicks in the
+        middle, or all with `centre`."""
+        boxed, middles = rng.random(len(truths)) < box_share, centre | (rng.random(len(truths)) < 0.4)
+        return self._ask(_start, [truths], boxed, middles, rng=rng)
+
     def corrections(
         self, truths: Mask, masks: Mask, rng: np.random.Generator, *, centre: bool
     ) -> Iterable[tuple[int, int, bool]]:
         """`correction` of N objects (truths and masks N x H x W); half of them in the middle of their region, or all
-        with `centre`."""
-        middles, seeds = (centre | (rng.random(len(truths)) < 0.5)).tolist(), rng.integers(2**63, size=len(truths))
+        with `centre`. They are made from now on, and waited for when they are read."""
+        return self._ask(_correction, [truths, masks], centre | (rng.random(len(truths)) < 0.5), rng=rng)
+
+    def _ask(self, what: Callable[..., T], masks: list[Mask], *settings: Any, rng: np.random.Generator) -> Iterable[T]:
+        columns = [*(of.tolist() for of in settings), rng.integers(2**63, size=len(masks[0])).tolist()]
         if self.executor is None:
-            return map(_correction, truths, masks, middles, seeds)
-        bits = (np.packbits(of, axis=-1) for of in (truths, masks))  # an eighth to hand over
-        return self.executor.map(_unpacked, *bits, middles, seeds, chunksize=-(-len(truths) // self.count))
+            return map(what, *masks, *columns)
+        bits = (np.packbits(of, axis=-1) for of in masks)  # an eighth to hand over
+        chunk = -(-len(masks[0]) // self.count)
+        return self.executor.map(partial(_unpacked, what, len(masks)), *bits, *columns, chunksize=chunk)
+
+
+def _start(truth: Mask, boxed: bool, centre: bool, seed: int) -> Start:
+    return start(truth, np.random.default_rng(seed), boxed=boxed, centre=centre)
 
 
 def _correction(truth: Mask, mask: Mask, centre: bool, seed: int) -> tuple[int, int, bool]:
     return correction(truth, mask, np.random.default_rng(seed), centre=centre)
 
 
-def _unpacked(truth: NDArray[np.uint8], mask: NDArray[np.uint8], centre: bool, seed: int) -> tuple[int, int, bool]:
-    return _correction(*(np.unpackbits(bits, axis=-1).view(bool) for bits in (truth, mask)), centre, seed)
+def _unpacked(what: Callable[..., T], masks: int, *arguments: Any) -> T:
+    return what(*(np.unpackbits(bits, axis=-1).view(bool) for bits in arguments[:masks]), *arguments[masks:])
 
 
 def box_around(truth: Mask, rng: np.random.Generator) -> NDArray[np.float64]:

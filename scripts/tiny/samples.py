@@ -1,4 +1,4 @@
-"""Training samples: a crop of one image of the pool in SAM's frame, some of its objects, the teacher's features.
+"""Training samples: a crop of one image of the pool in SAM's frame, and some of its objects.
 
 Sample i is a function of (seed, i) alone, so an interrupted run goes on with exactly the samples it would have had.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tiny.pool import SCENES, Item, Pool
-from tiny.teacher import TeacherFeatures
 
 MIN_PIXELS = 24  # of the low-resolution mask: smaller objects are not asked for
 #: Drawn layered sections come so often beside other drawn scenes, and so many of them show the sign of their amplitude
@@ -28,20 +27,18 @@ LAYERED_BLACK_AND_WHITE, BLACK_AND_WHITE = 0.5, 0.02
 class Samples(Dataset[dict[str, Tensor]]):
     """Endless samples for one input size; see `__getitem__` for what a sample holds."""
 
-    def __init__(
-        self, pool: Pool, teacher: TeacherFeatures | None, size: int, objects: int, scene_share: float, seed: int
-    ) -> None:
-        self.pool, self.teacher, self.size, self.objects, self.seed = pool, teacher, size, objects, seed
+    def __init__(self, pool: Pool, size: int, objects: int, settings: dict[str, Any], seed: int) -> None:
+        """`settings`: [pool] of the configuration."""
+        self.pool, self.size, self.objects, self.seed = pool, size, objects, seed
         members: dict[str, list[int]] = {}
         for index, item in enumerate(pool.items):
             if not item.held_out:
                 members.setdefault(_kind(item), []).append(index)
         self.sets = list(members.values())
         weights = np.array([len(indices) ** 0.5 for indices in self.sets])
-        weights[[name == LAYERED for name in members]] *= LAYERED_WEIGHT
+        weights *= [{LAYERED: LAYERED_WEIGHT, **settings["favour"]}.get(name, 1.0) for name in members]
         drawn = np.array([name.startswith(SCENES) for name in members])
-        if drawn.all():
-            scene_share = 1.0
+        scene_share = 1.0 if drawn.all() else settings["scene_share"]
         for group, share in ((drawn, scene_share), (~drawn, 1 - scene_share)):
             if group.any():
                 weights[group] *= share / weights[group].sum()
@@ -52,7 +49,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """`image` uint8 3 x S x S, zero where padded; `valid` (height, width) of the image in it; `masks` bool
-        K x S/2 x S/2; with a teacher `features` float16 C x S/16 x S/16 and `known` bool S/16 x S/16."""
+        K x S/2 x S/2."""
         rng = np.random.default_rng((self.seed, number))
         while True:
             indices = self.sets[rng.choice(len(self.sets), p=self.weights)]
@@ -88,23 +85,11 @@ class Samples(Dataset[dict[str, Tensor]]):
             resized = _photometric(resized, rng, LAYERED_BLACK_AND_WHITE if layered else BLACK_AND_WHITE)
         framed = np.zeros((self.size, self.size, 3), np.uint8)
         framed[:out_h, :out_w] = resized
-        sample = {
+        return {
             "image": torch.from_numpy(framed).permute(2, 0, 1).contiguous(),
             "valid": torch.tensor([out_h, out_w]),
             "masks": torch.from_numpy(masks),
         }
-        if self.teacher is not None:
-            full_h, full_w = self.pool.items[index].size
-            sx, sy = width / out_w / full_w, height / out_h / full_h
-            to_source = np.array([[sx, 0, x0 / full_w], [0, sy, y0 / full_h]])
-            if flips[0]:
-                to_source[0] = [-sx, 0, (x0 + width) / full_w]
-            if flips[1]:
-                to_source[1] = [0, -sy, (y0 + height) / full_h]
-            sample["features"], known = self.teacher.crop(index, to_source, self.size)
-            cells = (torch.arange(self.size // 16) + 0.5) * 16
-            sample["known"] = known & (cells[:, None] < out_h) & (cells[None] < out_w)
-        return sample
 
     def _objects(
         self, labels: NDArray[np.uint8], size: tuple[int, int], rng: np.random.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,33 +25,29 @@ class Prompts:
     kinds: np.ndarray
 
     @classmethod
-    def start(cls, truths: np.ndarray, rng: np.random.Generator, *, box_share: float, centre: bool = False) -> Prompts:
-        """A first click in every object, or now and then a box about it; both are two tokens in SAM."""
-        points, kinds = np.zeros((len(truths), 2, 2)), np.full((len(truths), 2), NOTHING)
-        for n, truth in enumerate(truths):
-            if rng.random() < box_share:
-                points[n], kinds[n] = clicks.to_frame(clicks.box_around(truth, rng)), (CORNER, OTHER_CORNER)
-            else:
-                middle = centre or rng.random() < 0.4
-                points[n, 0] = clicks.to_frame(np.array(clicks.inside(truth, rng, centre=middle), float))
-                kinds[n, 0] = POSITIVE
-        return cls(points, kinds)
-
-    def correct(
-        self,
+    def start(
+        cls,
         truths: np.ndarray,
-        masks: np.ndarray,
         rng: np.random.Generator,
         clickers: clicks.Clickers,
         *,
+        box_share: float,
         centre: bool = False,
-    ) -> None:
-        """Add to every object the click that its mask calls for."""
-        added = np.zeros((len(truths), 1, 2))
-        kinds = np.zeros((len(truths), 1), self.kinds.dtype)
-        for n, (x, y, positive) in enumerate(clickers.corrections(truths, masks, rng, centre=centre)):
-            added[n, 0], kinds[n, 0] = clicks.to_frame(np.array([x, y], float)), POSITIVE if positive else NEGATIVE
-        self.points, self.kinds = np.concatenate([self.points, added], 1), np.concatenate([self.kinds, kinds], 1)
+    ) -> Prompts:
+        """A first click in every object, or now and then a box about it; both are two tokens in SAM."""
+        points, kinds = np.zeros((len(truths), 2, 2)), np.full((len(truths), 2), NOTHING)
+        for n, placed in enumerate(clickers.starts(truths, rng, box_share=box_share, centre=centre)):
+            points[n, : len(placed)] = clicks.to_frame(placed)
+            kinds[n, : len(placed)] = (CORNER, OTHER_CORNER) if len(placed) == 2 else POSITIVE
+        return cls(points, kinds)
+
+    def add(self, corrections: Iterable[tuple[int, int, bool]]) -> None:
+        """Add a click (x, y, positive), in pixels of the low-resolution mask, to every object."""
+        made = list(corrections)
+        xy = clicks.to_frame(np.array([click[:2] for click in made], float))
+        kinds = np.where([click[2] for click in made], POSITIVE, NEGATIVE)
+        self.points = np.concatenate([self.points, xy[:, None]], 1)
+        self.kinds = np.concatenate([self.kinds, kinds[:, None]], 1)
 
     def tokens(self, sam: Sam) -> Tensor:
         """N x T x C."""
@@ -101,24 +98,28 @@ def from_afar(logits: Tensor, times: int) -> Tensor:
     return F.interpolate(smaller, size=logits.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def session_loss(
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+def session(
     sam: Sam,
     embeddings: Tensor,
     truths: Tensor,
+    known: clicks.Mask,
     rng: np.random.Generator,
     steps: list[Step],
     clickers: clicks.Clickers,
     *,
     box_share: float,
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
+) -> Generator[None, None, Losses]:
+    """The loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
 
-    `embeddings` N x C x h x w (repeated per object), `truths` bool N x 4h x 4w.
+    `embeddings` N x C x h x w, `truths` bool N x 4h x 4w, and the same as `known`, where clicks are made. It stops
+    wherever clickers are at work, so that others can be trained meanwhile; see `in_turn`.
     """
+    prompts = Prompts.start(known, rng, clickers, box_share=box_share)
     image_pe = sam.prompt_encoder.get_dense_pe()
-    known = truths.cpu().numpy()
     target = truths[:, None].float()
-    prompts = Prompts.start(known, rng, box_share=box_share)
     total = embeddings.new_zeros((), dtype=torch.float32)
     log: dict[str, Tensor] = {}
     previous: Tensor | None = None
@@ -126,7 +127,9 @@ def session_loss(
         if previous is not None and step.again:
             previous = from_afar(previous, int(rng.choice((1, 2, 4))))
         elif previous is not None:
-            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng, clickers)
+            asked = clickers.corrections(known, (previous[:, 0] > 0).cpu().numpy(), rng, centre=False)
+            yield
+            prompts.add(asked)
         with torch.set_grad_enabled(step.learnt):
             logits, predicted = decode(sam, embeddings, image_pe, prompts.tokens(sam), previous)
             if number == 0:
@@ -144,4 +147,19 @@ def session_loss(
         if step.learnt:
             log["first" if number == 0 else "again" if step.again else "last"] = iou(shown, target).mean()
         previous = shown.detach().float()
-    return total / sum(step.learnt for step in steps), {name: float(value) for name, value in log.items()}
+    return total / sum(step.learnt for step in steps), log
+
+
+def in_turn(sessions: Iterable[Generator[None, None, Losses]]) -> tuple[Tensor, dict[str, float]]:
+    """Play sessions of equally many objects in turn; the mean of their losses and of what they log."""
+    playing, played = list(sessions), []
+    while playing:
+        for one in tuple(playing):
+            try:
+                next(one)
+            except StopIteration as end:
+                played.append(end.value)
+                playing.remove(one)
+    losses, logs = zip(*played, strict=True)
+    means = {name: float(torch.stack([log[name] for log in logs]).mean()) for name in logs[0]}
+    return torch.stack(losses).mean(), means

@@ -1,100 +1,86 @@
-"""Features of a frozen ImageNet network for every photograph of the pool: what `tiny` learns to predict on the side.
+"""Features of a frozen ImageNet network for what `tiny` is shown: what it learns to predict on the side.
 
-The teacher's stride-16 activations are projected on their first principal components, each divided by the square root
-of its standard deviation, which keeps the strong ones from drowning the rest. They are computed once, memory-mapped.
+The teacher sees the same pixels. Its stride-16 activations are projected on their first principal components, each
+divided by the square root of its standard deviation, which keeps the strong ones from drowning the rest.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from tiny.pool import SCENES, Pool
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PHOTOGRAPHS = 200  # that the components are taken from
 
 
-def precompute(pool: Pool, weights: Path, folder: Path, channels: int, long_side: int, device: torch.device) -> None:
-    """Write folder/teacher.bin (float16) and folder/teacher.json: per item (offset in values, h, w), channels last."""
+class Teacher:
+    """`network` (its loader lies beside its weights), and the affine map of its 1024 features to C."""
+
+    def __init__(self, weights: Path, mean: Tensor, project: Tensor, device: torch.device) -> None:
+        self.network, self.mean, self.project = _load(weights, device), mean.to(device), project.to(device)
+
+    @property
+    def channels(self) -> int:
+        """How many features there are of a cell."""
+        return self.project.shape[1]
+
+    @classmethod
+    def read(cls, folder: Path, device: torch.device) -> Teacher:
+        """The teacher that `prepare` wrote of."""
+        kept = load_file(folder / "teacher.safetensors")
+        weights = Path(bytes(kept["weights"].tolist()).decode())
+        return cls(weights, kept["mean"], kept["project"], device)
+
+    @torch.no_grad()
+    def features(self, image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 B x 3 x S x S, zero beyond its `valid` (height, width), to float32 B x C x S/16 x S/16 and which of
+        the cells lie in the image, bool B x S/16 x S/16."""
+        with torch.autocast(image.device.type, torch.bfloat16):
+            cells = _cells(self.network, image)
+        centres = (torch.arange(cells.shape[1], device=image.device) + 0.5) * 16
+        inside = (centres[None, :, None] < valid[:, :1, None]) & (centres[None, None] < valid[:, 1:, None])
+        return ((cells - self.mean) @ self.project).permute(0, 3, 1, 2), inside
+
+
+@torch.inference_mode()
+def prepare(pool: Pool, weights: Path, folder: Path, channels: int, device: torch.device) -> None:
+    """Find the components on some photographs of the pool and write folder/teacher.safetensors."""
+    network = _load(weights, device)
+    photographs = [index for index, item in enumerate(pool.items) if item.set != SCENES]
+    rows = []
+    for index in np.random.default_rng(0).permutation(photographs)[:PHOTOGRAPHS]:
+        image = torch.from_numpy(pool.read(int(index))[0]).permute(2, 0, 1)[None]
+        height, width = (side // 16 * 16 for side in image.shape[2:])
+        rows.append(_cells(network, image[..., :height, :width].to(device)).flatten(0, 2))
+    seen = torch.cat(rows).double()
+    mean = seen.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(seen.T))
+    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    project = vectors / values.clamp_min(1e-12) ** 0.25
+    project /= ((seen - mean) @ project).std()
+    name = torch.tensor(list(str(weights.resolve()).encode()), dtype=torch.uint8)
+    kept = {"mean": mean.float(), "project": project.float(), "weights": name}
+    save_file({key: value.cpu().contiguous() for key, value in kept.items()}, folder / "teacher.safetensors")
+
+
+def _load(weights: Path, device: torch.device) -> Any:
     spec = importlib.util.spec_from_file_location("teacher_network", weights.with_suffix(".py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    network = module.load(weights).to(device, memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def features(index: int) -> Tensor:
-        image, _ = pool.read(index)
-        scale = long_side / max(image.shape[:2])
-        height, width = (max(round(side * scale / 16), 1) * 16 for side in image.shape[:2])
-        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        x = torch.from_numpy(resized).permute(2, 0, 1)[None].to(device).float() / 255
-        x = (x - torch.tensor(MEAN, device=device).view(3, 1, 1)) / torch.tensor(STD, device=device).view(3, 1, 1)
-        return network(x.contiguous(memory_format=torch.channels_last))[2][0].permute(1, 2, 0)  # h x w x 1024
-
-    rng = np.random.default_rng(0)
-    photographs = [index for index, item in enumerate(pool.items) if item.set != SCENES]
-    some = rng.permutation(photographs)[:200]
-    rows = torch.cat([features(int(i)).flatten(0, 1) for i in some]).double()
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(rows.T))
-    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
-    project = vectors / values.clamp_min(1e-12) ** 0.25
-    spread = ((rows - mean) @ project).std()
-    mean, project = mean.float(), (project / spread).float()
-    places: list[tuple[int, int, int] | None] = []  # None: a drawn scene, which the teacher has nothing to say about
-    offset = 0
-    with (folder / "teacher.bin.part").open("wb") as out:
-        for index, item in enumerate(pool.items):
-            if item.set == SCENES:
-                places.append(None)
-                continue
-            projected = ((features(index) - mean) @ project).cpu().numpy().astype(np.float16)
-            places.append((offset, *projected.shape[:2]))
-            out.write(projected.tobytes())
-            offset += projected.size
-            if index % 400 == 0:
-                print(f"teacher: {index} of {len(pool.items)} images", file=sys.stderr, flush=True)
-    (folder / "teacher.bin.part").rename(folder / "teacher.bin")
-    (folder / "teacher.json").write_text(json.dumps({"channels": channels, "places": places}))
+    return module.load(weights).to(device, memory_format=torch.channels_last)
 
 
-class TeacherFeatures:
-    """Reads what `precompute` wrote, resampled to a training crop."""
-
-    def __init__(self, folder: Path) -> None:
-        stored = json.loads((folder / "teacher.json").read_text())
-        self.channels, self.places = stored["channels"], stored["places"]
-        self.values = np.memmap(folder / "teacher.bin", np.float16, "r")
-
-    def crop(self, index: int, to_source: NDArray[np.float64], side: int) -> tuple[Tensor, Tensor]:
-        """The features under a crop: C x side/16 x side/16 float16, and where they are known (bool, same h x w).
-
-        `to_source` (2 x 3) maps crop coordinates (x, y) in pixels to the image's, scaled to 0..1.
-        """
-        cells = side // 16
-        if self.places[index] is None:
-            return torch.zeros(self.channels, cells, cells).half(), torch.zeros(cells, cells, dtype=torch.bool)
-        offset, height, width = self.places[index]
-        size = height * width * self.channels
-        stored = np.array(self.values[offset : offset + size]).reshape(height, width, self.channels)
-        centres = (np.arange(cells) + 0.5) * 16
-        x, y = np.meshgrid(centres, centres)
-        grid = np.stack([x, y, np.ones_like(x)], -1) @ to_source.T * 2 - 1
-        known = (np.abs(grid) < 1).all(-1)
-        sampled = F.grid_sample(
-            torch.from_numpy(stored).float().permute(2, 0, 1)[None],
-            torch.from_numpy(grid).float()[None],
-            padding_mode="border",
-            align_corners=False,
-        )
-        return sampled[0].half(), torch.from_numpy(known)
+def _cells(network: Any, image: Tensor) -> Tensor:
+    """uint8 B x 3 x H x W to float32 B x H/16 x W/16 x 1024."""
+    mean, std = (torch.tensor(of, device=image.device).view(3, 1, 1) for of in (MEAN, STD))
+    x = (image.float() / 255 - mean) / std
+    return network(x.contiguous(memory_format=torch.channels_last))[2].permute(0, 2, 3, 1).float()  # type: ignore[no-any-return]

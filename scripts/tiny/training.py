@@ -22,8 +22,8 @@ from tiny import parallel
 from tiny.clicks import Clickers
 from tiny.pool import Pool
 from tiny.samples import Samples
-from tiny.session import normalise, plan, session_loss
-from tiny.teacher import TeacherFeatures
+from tiny.session import in_turn, normalise, plan, session
+from tiny.teacher import Teacher
 from tiny.validation import validate
 from tiny.warmup import warm_up
 from worker.backbones.tiny import build_tiny, load_tiny, resize_tiny, save_tiny
@@ -54,8 +54,8 @@ class Run:
         self.clickers = clickers or Clickers()
         self.config, self.folder, self.device = config, folder, device
         self.steps, self.minutes = steps, minutes
-        self.pool = Pool(folder)
-        self.teacher = TeacherFeatures(folder) if (folder / "teacher.json").exists() else None
+        self.pool = Pool(folder, decoded=device.type == "cuda")
+        self.teacher = Teacher.read(folder, device) if (folder / "teacher.safetensors").exists() else None
         torch.manual_seed(config["seed"])
         first = config["stages"][0]["size"]
         self.sam: Sam = build_tiny(img_size=first, **config["model"]).to(device)
@@ -169,8 +169,7 @@ class Run:
         return iter(loader)
 
     def _samples(self, size: int) -> Samples:
-        train, pool = self.config["train"], self.config["pool"]
-        return Samples(self.pool, self.teacher, size, train["objects"], pool["scene_share"], self.config["seed"])
+        return Samples(self.pool, size, self.config["train"]["objects"], self.config["pool"], self.config["seed"])
 
     def _schedule(self) -> float:
         """Set the learning rates; returns their factor: linear warm-up, then half a cosine down to a hundredth."""
@@ -186,17 +185,27 @@ class Run:
     def _learn(self, batch: dict[str, Tensor]) -> dict[str, float]:
         settings, seed = self.config["train"], self.config["seed"]
         steps = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
-        rng = np.random.default_rng((seed, 77, self.step, parallel.rank()))
+        known = batch["masks"].flatten(0, 1).numpy()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         # The encoder is half the time in bf16; the decoder's small products gain nothing.
+        pixels = normalise(self.sam, batch["image"], batch["valid"])
         with torch.autocast(self.device.type, torch.bfloat16):
-            embeddings, p16 = self.sam.image_encoder.pyramid(normalise(self.sam, batch["image"], batch["valid"]))
+            embeddings, p16 = self.sam.image_encoder.pyramid(pixels)
         embeddings = embeddings.float().repeat_interleave(settings["objects"], 0)
-        masks, box_share = batch["masks"].flatten(0, 1), settings["box_share"]
-        loss, log = session_loss(self.sam, embeddings, masks, rng, steps, self.clickers, box_share=box_share)
+        masks, parts = batch["masks"].flatten(0, 1), settings["parts"]
+        loss, log = in_turn(
+            session(
+                *(self.sam, embeddings[part::parts], masks[part::parts], known[part::parts]),
+                np.random.default_rng((seed, 77, self.step, parallel.rank(), part)),
+                *(steps, self.clickers),
+                box_share=settings["box_share"],
+            )
+            for part in range(parts)
+        )
         if self.teacher is not None:
-            distance = F.smooth_l1_loss(self.imitate(p16.float()), batch["features"].float(), reduction="none").mean(1)
-            imitation = (distance * batch["known"]).sum() / batch["known"].sum().clamp_min(1)
+            features, known_there = self.teacher.features(batch["image"], batch["valid"])
+            distance = F.smooth_l1_loss(self.imitate(p16.float()), features, reduction="none").mean(1)
+            imitation = (distance * known_there).sum() / known_there.sum().clamp_min(1)
             weight = self.config["teacher"]["weight"] * (1 - 0.8 * self.progress)
             log["imitation"] = float(imitation.detach())
             loss = loss + 4 * weight * imitation

@@ -37,7 +37,7 @@ def validate(
         truths = torch.stack([sample["masks"][0] for sample in part]).to(device)
         embeddings = sam.image_encoder(normalise(sam, image, valid))
         known, previous = truths.cpu().numpy(), None
-        prompts = Prompts.start(known, rng, box_share=0.0, centre=True)
+        prompts = Prompts.start(known, rng, clickers, box_share=0.0, centre=True)
         for click in range(clicks):
             logits, scores = decode(sam, embeddings, sam.prompt_encoder.get_dense_pe(), prompts.tokens(sam), previous)
             if click == 0:
@@ -47,7 +47,8 @@ def validate(
             rows = slice(start, start + len(part))
             true[rows, click] = iou(previous, truths[:, None].float())[:, 0].cpu().numpy()
             predicted[rows, click] = score.float().cpu().numpy()
-            prompts.correct(known, (previous[:, 0] > 0).cpu().numpy(), rng, clickers, centre=True)
+            masks = (previous[:, 0] > 0).cpu().numpy()
+            prompts.add(clickers.corrections(known, masks, rng, centre=True))
     drawn = np.array([samples.pool.items[index].set == SCENES for index, _ in kept])
     result: dict[str, Any] = {"iou": true.mean(0).round(4).tolist()}
     for name, group in (("photographs", ~drawn), ("scenes", drawn)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiny.clicks import Clickers
-from tiny.session import plan, session_loss
+from tiny.session import in_turn, plan, session
 from worker.backbones.tiny import resize_tiny
 
 
@@ -58,8 +58,8 @@ def warm_up(sam: Sam, *, steps: int, side: int, count: int, lr: float, seed: int
         factor = min((step + 1) / 20, 1, 5 * (1 - step / steps))  # a plateau of some 300 steps needs the full rate
         for group in optimiser.param_groups:
             group["lr"] = lr * factor
-        inputs = embeddings.to(sam.device), truths.to(sam.device)
-        loss, log = session_loss(sam, *inputs, rng, plan(rng), clickers, box_share=0.12)
+        inputs = embeddings.to(sam.device), truths.to(sam.device), truths.numpy()
+        loss, log = in_turn([session(sam, *inputs, rng, plan(rng), clickers, box_share=0.12)])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

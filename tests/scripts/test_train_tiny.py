@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
 
@@ -31,6 +31,7 @@ scenes = 14
 scene_side = 96
 held_out = 0.25
 scene_share = 1.0
+favour = {}
 [model]
 widths = [8, 8, 16, 16]
 blocks = [1, 1, 1, 1]
@@ -39,7 +40,6 @@ heads = 4
 mlp_dim = 32
 [teacher]
 channels = 8
-long_side = 64
 weight = 1.0
 [decoder_warmup]
 steps = 2
@@ -49,6 +49,7 @@ lr = 1e-3
 [train]
 batch = 2
 objects = 2
+parts = 2
 lr = 1e-3
 decoder_lr = 1e-3
 weight_decay = 0.01
@@ -156,6 +157,89 @@ def test_hired_clickers_click_where_one_alone_does() -> None:
         assert alone == hired
         for (x, y, positive), truth, mask in zip(alone, truths, masks, strict=True):
             assert truth[y, x] == positive != mask[y, x]
+    starts = (
+        list(clicks.Clickers(count).starts(truths, np.random.default_rng(2), box_share=0.5, centre=False))
+        for count in (0, 2)
+    )
+    for one, same, truth in zip(*starts, truths, strict=True):
+        assert np.array_equal(one, same)
+        assert len(one) == 2 or truth[int(one[0, 1]), int(one[0, 0])]
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_sessions_in_turn_are_each_what_it_is_alone() -> None:
+    clicks, session = importlib.import_module("tiny.clicks"), importlib.import_module("tiny.session")
+    torch.manual_seed(0)
+    sam = build_tiny(64, (8, 8, 16, 16), (1, 1, 1, 1), 32, 4, 32)
+    embeddings, known = torch.randn(4, 32, 8, 8), np.zeros((4, 32, 32), bool)
+    for number in range(4):
+        known[number, 4 : 10 + 4 * number, 6:20] = True
+    steps = [session.Step(again=False, learnt=True), *[session.Step(again=False, learnt=False)] * 3]
+
+    def play(part: int) -> Any:
+        mine, truths = slice(part, None, 2), torch.from_numpy(known)[part::2]
+        rng = np.random.default_rng(part)
+        hired = clicks.Clickers(2)
+        return session.session(sam, embeddings[mine], truths, known[mine], rng, steps, hired, box_share=0.3)
+
+    alone = [session.in_turn([play(part)]) for part in (0, 1)]
+    both = session.in_turn(play(part) for part in (0, 1))
+    assert float(both[0].detach()) == pytest.approx(np.mean([float(loss.detach()) for loss, _ in alone]), rel=1e-5)
+    assert both[1]["first"] == pytest.approx(np.mean([log["first"] for _, log in alone]), rel=1e-5)
+
+
+TEACHER = """
+import torch
+from safetensors.torch import load_file, save_file
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 1024, 16, 16)
+
+    def forward(self, x):
+        return None, None, self.conv(x)
+
+def load(path):
+    network = Network()
+    network.load_state_dict(load_file(path))
+    return network.eval().requires_grad_(False)
+"""
+
+
+@pytest.mark.usefixtures("scripts_on_path")
+def test_a_teacher_is_imitated_where_the_image_is(tmp_path: Path) -> None:
+    pool, teacher = importlib.import_module("tiny.pool"), importlib.import_module("tiny.teacher")
+    birds = tmp_path / "source" / "birds"
+    rng = np.random.default_rng(0)
+    (birds / "images").mkdir(parents=True)
+    (birds / "labels").mkdir()
+    (birds / "metadata.json").write_text("{}")
+    for number in range(8):
+        image = cv2.GaussianBlur(rng.integers(0, 255, (70, 90, 3), np.uint8), (0, 0), 3)
+        cv2.imwrite(str(birds / "images" / f"{number}.png"), image)
+        cv2.imwrite(str(birds / "labels" / f"{number}.png"), (image[..., 0] > 127).astype(np.uint8))
+    (tmp_path / "net.py").write_text(TEACHER)
+    torch.manual_seed(1)
+    convolution = torch.nn.Conv2d(3, 1024, 16, 16)
+    weights = {f"conv.{name}": value.detach() for name, value in convolution.named_parameters()}
+    save_file(weights, tmp_path / "net.safetensors")
+    said = _start(tmp_path, "--steps", "3", "--data", str(birds.parent), "--teacher", str(tmp_path / "net.safetensors"))
+    out = said.communicate(timeout=300)[0]
+    assert said.returncode == 0, out
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["imitation"] > 0
+
+    packed, read = pool.Pool(tmp_path), teacher.Teacher.read(tmp_path, torch.device("cpu"))
+    image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    image[:, :, :48] = torch.from_numpy(packed.read(0)[0][:48, :64]).permute(2, 0, 1)
+    features, inside = read.features(image, torch.tensor([[48, 64], [40, 20]]))
+    assert features.shape == (2, 8, 4, 4)
+    assert inside.sum((1, 2)).tolist() == [12, 2]
+    with torch.no_grad():
+        mean, std = (torch.tensor(of).view(3, 1, 1) for of in (teacher.MEAN, teacher.STD))
+        cells = convolution.double()((image[:1].double() / 255 - mean) / std)[0].permute(1, 2, 0)
+    expected = (cells - read.mean.double()) @ read.project.double()
+    torch.testing.assert_close(features[0].permute(1, 2, 0).double(), expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.usefixtures("scripts_on_path")
@@ -240,7 +324,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
 def test_layered_sections_come_more_often_and_half_of_them_in_two_tones(tmp_path: Path) -> None:
     pool, samples = importlib.import_module("tiny.pool"), importlib.import_module("tiny.samples")
     pool.pack(None, tmp_path, {**tomllib.loads(CONFIG)["pool"], "scenes": 28})
-    made = samples.Samples(pool.Pool(tmp_path), None, 96, 1, 1.0, 1)
+    made = samples.Samples(pool.Pool(tmp_path), 96, 1, tomllib.loads(CONFIG)["pool"], 1)
     kinds = [samples._kind(made.pool.items[members[0]]) for members in made.sets]
     shares = dict(zip(kinds, made.weights, strict=True))
     assert shares.pop("scenes bands") == pytest.approx(3 / 9)
