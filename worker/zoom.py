@@ -33,8 +33,10 @@ MARGIN, LEAST_MARGIN = 0.8, 0.4
 LEAST_ZOOM = 1.3
 #: Shortest side of a part, pixels, unless the image is smaller.
 LEAST_SIDE = 64
-#: Nor does it stay where the one that is called for has a longer side of less than this share of its own.
-KEEP = 0.6
+#: Nor does it stay where the one that is called for has a longer side of at most this share of its own; the whole image
+#: is left sooner than a part. With 0.6 for both, every second click on one of many small objects called for an encode,
+#: as their first masks are far too large; with 0.5 for both, masks were a little worse.
+KEEP, KEEP_WHOLE = 0.5, 0.6
 #: Longest side of what parts are cut from, pixels.
 MOST_SIDE = 4096
 #: The logit of what an earlier part did not show.
@@ -65,7 +67,8 @@ def follow(before: Round, prompts: Prompts) -> Window | None:
     wanted = _wider(around, MARGIN, size)
     if max(size) < LEAST_ZOOM * max(wanted.size):
         wanted = Window(0, 0, size[1], size[0])
-    if current is None or max(wanted.size) <= KEEP * max(current.size):
+    keep = KEEP_WHOLE if before.frame.seen.size == size else KEEP
+    if current is None or max(wanted.size) <= keep * max(current.size):
         return wanted
     return current if current.covers(_wider(around, LEAST_MARGIN, size)) else wanted
 

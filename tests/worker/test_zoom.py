@@ -100,10 +100,29 @@ def test_the_part_stays_while_it_will_do() -> None:
     for bottom, stays in ((310.0, True), (317.0, False)):
         found = zoom.follow(fits, Prompts(clicks=(Click(x=440, y=200), Click(x=440, y=bottom))))
         assert (found == part) == stays
-    shrunk = _round(part, inside=(slice(20, 24), slice(30, 34)))
-    again = zoom.follow(shrunk, Prompts(clicks=(Click(x=460, y=210),)))
-    assert again is not None
-    assert max(again.size) < zoom.KEEP * max(part.size)
+
+
+@pytest.mark.parametrize(
+    ("part", "cells", "stays"),
+    [
+        # 0.56 and 0.48 of 320 pixels, nine for each cell of the mask.
+        (Window(300, 100, 620, 340), 20, True),
+        (Window(300, 100, 620, 340), 17, False),
+        # Of the whole image 0.59 and 0.62, 22.5 for each.
+        (Window(0, 0, 800, 600), 21, False),
+        (Window(0, 0, 800, 600), 22, True),
+    ],
+)
+def test_a_part_gives_way_to_one_of_half_its_length_the_whole_image_sooner(
+    part: Window, cells: int, stays: bool
+) -> None:
+    before = _round(part, inside=(slice(14, 14 + cells), slice(20, 20 + cells)))
+    col, row = 20 + cells / 2, 14 + cells / 2
+    x, y = before.frame.to_original(col, row)
+    found = zoom.follow(before, Prompts(clicks=(Click(x=x, y=y),)))
+    assert found is not None
+    assert (found == part) == stays
+    assert stays or max(found.size) < max(part.size)
 
 
 @pytest.mark.parametrize("old", [None, Window(100, 50, 700, 450)])
