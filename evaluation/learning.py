@@ -1,8 +1,9 @@
 """Learn a head from the masks of a project: the job behind START_TRAINING and `bald-sam train --project`.
 
-Tasks are split by a hash of their number, so that a task that is held out once is held out always: the head in use was
-never trained on the tasks on which its successor is compared with it. Both play full sessions there, with the exact
-simulated user and the strategy of the settings.
+Tasks are split by a hash of their number, so that a task that is held out once is held out always. A new head and the
+one in use play full sessions there, with the exact simulated user and the strategy of the settings. After that the new
+one learns from the held-out tasks as well; what it was before is kept with it (`Head.as_judged`), so that its successor
+is compared with a head that has not seen those tasks either.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from worker.images import ImageError, decode_image, fetch
 from worker.preemption import give_way, give_way_within
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image
-from worker.training import SessionOptions, Visited, train_head
+from worker.training import SessionOptions, Visited, collect, fit_head
 from worker.zoom import looker
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> TrainResult:
-    """Fit a head, calibrate it, judge it on the tasks held out, keep it, and use it if it is better.
+    """Fit a head, calibrate it, judge it on the tasks held out, fit it to all, keep it, and use it if it is better.
 
     `report(stage, done, total)`: called as it goes on; without it, progress goes to Redis and the log. Clicks are let
     through all the while. Raises JobError when there is too little to learn from.
@@ -82,18 +83,18 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
             yield one.name, _PatientSession(backbone, before, one.embedding, _NO_IMAGE, one.truth, None, one.look)
             report(stage, done, len(objects))
 
-    head = train_head(
-        backbone,
-        _reported(_read(learnt, current, skipped), lambda done: report("learning", done, len(learnt))),
-        SessionOptions(clicks=STATES, seed=job.seed),
-        FitOptions(),
-        # Not the project's own: it was learnt from some of these masks, and they would count twice.
-        start=current.proposer.head,
-        notes={**job.notes, "project": job.project, "tasks": len({_image(one) for one in learnt})},
-    )
+    everything, options = [*learnt, *held_out], SessionOptions(clicks=STATES, seed=job.seed)
+    reading = _reported(_read(everything, current, skipped), lambda done: report("learning", done, len(everything)))
+    pixels = collect(backbone, reading, options)
+    apart = {_name(one) for one in held_out}
+    seen = pixels.where(torch.tensor([pixels.names[number] not in apart for number in pixels.objects.tolist()]))
+    # Not the project's own: it was learnt from some of these masks, and they would count twice.
+    start = current.proposer.head
+    notes = {**job.notes, "project": job.project, "tasks": len({_image(one) for one in everything})}
+    head = fit_head(backbone, seen, options, FitOptions(), start=start, notes=notes)
     few = _spread(learnt, MOST_CALIBRATED)
     head, _ = calibrated(backbone, head, partial(sessions, few), clicks=job.clicks, seed=job.seed)
-    judged = list(judge([before.head, head], sessions(held_out, "judging"), clicks=job.clicks))
+    judged = list(judge([before.head.as_judged, head], sessions(held_out, "judging"), clicks=job.clicks))
     if not judged:
         raise JobError("None of the images held out can be read.", _first(skipped), 422)
     images = {_name(one): _image(one) for one in held_out}
@@ -102,7 +103,10 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
     figures = {"auc": auc, "auc_before": auc_before, "before": before.head.id, "gain": gain, "error": error}
     name = current.heads.new_name(f"project-{job.project}")
     held = {"objects": len(judged), "images": len(set(images.values())), **figures}
-    save_head(replace(head, notes={**head.notes, "held_out": held}), current.heads.folder / name / "head.safetensors")
+    whole = fit_head(backbone, pixels, options, FitOptions(**head.notes["fit"]), start=start)
+    notes = {**head.notes, **{key: whole.notes[key] for key in ("objects", "states")}, "held_out": held}
+    kept = replace(head, posterior=whole.posterior, judged=head.posterior, notes=notes)
+    save_head(kept, current.heads.folder / name / "head.safetensors")
     current.heads.publish(name)
     used, reason = decide(gain, error, current.heads.in_use(fresh=True).of(job.project), force=job.force)
     if used:

@@ -32,6 +32,7 @@ from worker.zoom import Look, looker
 
 Mask = NDArray[np.bool_]
 
+NOTHING = "There is nothing to train on: give folders with images and masks."
 #: What `best_reach` chooses from.
 REACHES = tuple(Reach(length=length, colour=colour) for length in (0.3, 0.6) for colour in (0.08, 0.15, 0.3))
 
@@ -92,7 +93,7 @@ def collect(
             if progress is not None:
                 progress(number + 1)
     if not kept:
-        raise ValueError("There is nothing to train on: give folders with images and masks.")
+        raise ValueError(NOTHING)
     rows, labels, weights = (torch.stack([state[i] for state in kept]).clone() for i in range(3))
     return Pixels(rows, labels, weights, torch.tensor(objects), torch.tensor(counts), names)
 
@@ -139,16 +140,31 @@ def train_head(
     notes: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Head:
-    """Sessions on `examples`, then the hierarchical linear head, which refines `start` if that is given (and is one of
-    this backbone that was trained). Raises ValueError when there is no example."""
+    """Sessions on `examples`, then `fit_head`. Raises ValueError when there is no example."""
     pixels = collect(backbone, examples, sessions, progress=progress)
+    return fit_head(backbone, pixels, sessions, fit, start=start, notes=notes)
+
+
+def fit_head(
+    backbone: Backbone,
+    pixels: Pixels,
+    sessions: SessionOptions,
+    fit: FitOptions,
+    *,
+    start: Head | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Head:
+    """The hierarchical linear head of what `collect` found in such sessions. It refines `start` if that is given (and
+    is one of this backbone that was trained). Raises ValueError when there is nothing to learn from."""
+    if not len(pixels.objects):
+        raise ValueError(NOTHING)
     names = feature_names(channels_of(backbone.sam))
     known = start.posterior.to(torch.device("cpu")) if start is not None and start.id != "prior" else None
     if known is not None and fit.strength is None:
         fit = replace(fit, strength=best_strength(names, pixels, fit, known))
     posterior = fit_linear(names, pixels, fit, start=known)
     recipe = {"sessions": asdict(sessions), "fit": asdict(fit)}
-    counts = {"objects": len(pixels.names), "states": len(pixels.objects)}
+    counts = {"objects": len(torch.unique(pixels.objects)), "states": len(pixels.objects)}
     reach = Reach() if start is None else start.reach
     return Head("trained", posterior, backbone.id, reach=reach, notes={**(notes or {}), **recipe, **counts})
 

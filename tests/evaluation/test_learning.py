@@ -27,6 +27,7 @@ from worker.contract import (
     TrainJob,
     TrainResult,
 )
+from worker.head.store import Head, load_head
 from worker.preemption import letting_through
 from worker.runtime import Runtime
 from worker.tasks import JobError, segment
@@ -124,6 +125,30 @@ def test_a_head_that_is_not_better_is_kept_and_not_used(
     assert not result.used and "not clearly better" in result.reason
     assert current.proposer_of(3).head.id == before
     assert current.heads.names() == ["project-3-v1"]
+
+
+def test_a_head_learns_from_all_masks_and_its_successor_is_compared_with_what_it_was_before(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = Runtime(options(tmp_path, pictures))
+    compared: list[list[Head]] = []
+
+    def judge(heads: list[Head], sessions: Any, **_: Any) -> list[tuple[str, tuple[float, float]]]:
+        compared.append(list(heads))
+        return [(name, (0.5, 0.6)) for name, _ in sessions]
+
+    monkeypatch.setattr(learning, "judge", judge)
+    first = learn(job(pictures), current)
+    path = current.heads.path(first.head)
+    kept = load_head(path)
+    assert kept.judged is not None and kept.notes["objects"] == IMAGES == first.objects + first.held_out
+    assert torch.equal(kept.judged.mean, compared[0][1].posterior.mean)
+    assert not torch.equal(kept.posterior.mean, kept.judged.mean)
+    assert torch.equal(current.proposer_of(3).head.posterior.mean, kept.posterior.mean)
+    # The one in use is judged as it was before it had seen the tasks that both are judged on.
+    learn(job(pictures, seed=1), current)
+    assert torch.equal(compared[1][0].posterior.mean, kept.judged.mean)
+    assert compared[1][0].id == kept.id
 
 
 def test_a_broken_head_in_use_does_not_stop_clicks(tmp_path: Path, pictures: Path) -> None:

@@ -30,7 +30,7 @@ class Pixels:
     """Labelled pixels grouped by state.
 
     features: (G, n, d) float32; labels: (G, n) bool; weights: (G, n), mean 1 in each state; objects: (G,) int64, which
-    object each state belongs to; clicks: (G,) int64, how many clicks had been made.
+    object each state belongs to; clicks: (G,) int64, how many clicks had been made; names: of the objects, by number.
     """
 
     features: Tensor
@@ -39,6 +39,17 @@ class Pixels:
     objects: Tensor
     clicks: Tensor
     names: list[str] = field(default_factory=list)
+
+    def where(self, states: Tensor) -> Pixels:
+        """The states for which `states` (G,) bool is true; objects keep their numbers."""
+        return replace(
+            self,
+            features=self.features[states],
+            labels=self.labels[states],
+            weights=self.weights[states],
+            objects=self.objects[states],
+            clicks=self.clicks[states],
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ def best_strength(names: tuple[str, ...], pixels: Pixels, options: FitOptions, s
         return STRENGTHS[-1]
     sums = dict.fromkeys(STRENGTHS, 0.0)
     for fold in range(FOLDS):
-        learnt, apart = _chosen(pixels, (folds >= 0) & (folds != fold)), _chosen(pixels, folds == fold)
+        learnt, apart = pixels.where((folds >= 0) & (folds != fold)), pixels.where(folds == fold)
         for strength in STRENGTHS:
             tried = replace(options, strength=strength, rounds=ROUNDS_COMPARED)
             sums[strength] += float(evidence(fit_linear(names, learnt, tried, start=start), apart, options).sum())
@@ -141,18 +152,6 @@ def _standardised(pixels: Pixels, scale: Tensor, options: FitOptions) -> tuple[T
     features = (pixels.features / scale.float()).double()
     weights = pixels.weights.double() * (options.effective / pixels.features.shape[1])
     return features, pixels.labels.double(), weights
-
-
-def _chosen(pixels: Pixels, states: Tensor) -> Pixels:
-    """The states for which `states` (G,) bool is true."""
-    return Pixels(
-        pixels.features[states],
-        pixels.labels[states],
-        pixels.weights[states],
-        pixels.objects[states],
-        pixels.clicks[states],
-        pixels.names,
-    )
 
 
 def _common(features: Tensor, target: Tensor, weights: Tensor, prior: Tensor, ridge: float) -> Tensor:

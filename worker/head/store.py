@@ -31,6 +31,7 @@ class Head:
     `shows`: "sam" when the mask that is returned is SAM's own, "head" when it is the head's.
     `stop`: strategy name -> expected gain (`acquisition.stopping`) under which no click is proposed.
     `reach`: how far a click speaks for places like its own.
+    `judged`: the posterior before it learnt from the objects that it was judged on as well; None where it did not.
     """
 
     id: str
@@ -40,6 +41,12 @@ class Head:
     stop: dict[str, float] = field(default_factory=dict)
     reach: Reach = field(default_factory=Reach)
     notes: dict[str, Any] = field(default_factory=dict)
+    judged: LinearPosterior | None = None
+
+    @property
+    def as_judged(self) -> Head:
+        """The head that has not seen the objects it was judged on, to be compared with another on them."""
+        return self if self.judged is None else replace(self, posterior=self.judged)
 
 
 def save_head(head: Head, path: Path) -> None:
@@ -54,7 +61,9 @@ def save_head(head: Head, path: Path) -> None:
         "reach": asdict(head.reach),
         "notes": head.notes,
     }
-    tensors = {"mean": head.posterior.mean.contiguous(), "factor": head.posterior.factor.contiguous()}
+    kept = {"": head.posterior} | ({} if head.judged is None else {"judged_": head.judged})
+    tensors = {f"{which}mean": one.mean.cpu().contiguous() for which, one in kept.items()}
+    tensors |= {f"{which}factor": one.factor.cpu().contiguous() for which, one in kept.items()}
     save_file(tensors, path, {"format": FORMAT})
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
 
@@ -67,7 +76,11 @@ def load_head(path: Path) -> Head:
         tensors = load_file(path)
         if description["format"] != FORMAT:
             raise ValueError(f"the format is {description['format']!r}")
-        posterior = LinearPosterior(tuple(description["features"]), tensors["mean"], tensors["factor"])
+        names = tuple(description["features"])
+        posterior = LinearPosterior(names, tensors["mean"], tensors["factor"])
+        judged = None
+        if "judged_mean" in tensors:
+            judged = LinearPosterior(names, tensors["judged_mean"], tensors["judged_factor"])
         reach = Reach(**description.get("reach", {}))  # heads of before had the one that is the default
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"The head at {path} cannot be read ({error}). {remedy}") from error
@@ -80,6 +93,7 @@ def load_head(path: Path) -> Head:
         stop=description["stop"],
         reach=reach,
         notes=description["notes"],
+        judged=judged,
     )
 
 

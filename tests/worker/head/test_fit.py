@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worker.head.fit import STRENGTHS, FitOptions, Pixels, _chosen, best_strength, evidence, fit_linear
+from worker.head.fit import STRENGTHS, FitOptions, Pixels, best_strength, evidence, fit_linear
 from worker.head.linear import LinearPosterior
 
 NAMES = ("logit", "channel_0", "bias")
@@ -76,7 +76,7 @@ def test_other_images_let_the_known_head_count_less() -> None:
     options = FitOptions(effective=200)
     assert best_strength(NAMES, made, options, same) == STRENGTHS[-1]
     assert best_strength(NAMES, made, options, other) == STRENGTHS[0]
-    assert best_strength(NAMES, _chosen(made, made.objects < 2), options, other) == STRENGTHS[-1], "too few to compare"
+    assert best_strength(NAMES, made.where(made.objects < 2), options, other) == STRENGTHS[-1], "too few to compare"
 
 
 def test_evidence_is_the_integral_over_the_weights() -> None:
