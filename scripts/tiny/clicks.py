@@ -82,7 +82,7 @@ class Clickers:
         self, truths: Mask, masks: Mask, rng: np.random.Generator, *, centre: bool
     ) -> Iterable[tuple[int, int, bool]]:
         """`correction` of N objects (truths and masks N x H x W); half of them in the middle of their region, or all
-        with `centre`. They are made from now on, and waited for when they are read."""
+        with `centre`."""
         return self._ask(_correction, [truths, masks], centre | (rng.random(len(truths)) < 0.5), rng=rng)
 
     def _ask(self, what: Callable[..., T], masks: list[Mask], *settings: Any, rng: np.random.Generator) -> Iterable[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,10 +98,7 @@ def from_afar(logits: Tensor, times: int) -> Tensor:
     return F.interpolate(smaller, size=logits.shape[-2:], mode="bilinear", align_corners=False)
 
 
-Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-def session(
+def session_loss(
     sam: Sam,
     embeddings: Tensor,
     truths: Tensor,
@@ -111,11 +108,11 @@ def session(
     clickers: clicks.Clickers,
     *,
     box_share: float,
-) -> Generator[None, None, Losses]:
-    """The loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one simulated session per object, of which `steps` (see `plan`) says what counts, and what to log.
 
-    `embeddings` N x C x h x w, `truths` bool N x 4h x 4w, and the same as `known`, where clicks are made. It stops
-    wherever clickers are at work, so that others can be trained meanwhile; see `in_turn`.
+    `embeddings` N x C x h x w (repeated per object), `truths` bool N x 4h x 4w, and the same as `known`, where clicks
+    are made: a device that is still at work on the embeddings is not waited for.
     """
     prompts = Prompts.start(known, rng, clickers, box_share=box_share)
     image_pe = sam.prompt_encoder.get_dense_pe()
@@ -127,9 +124,8 @@ def session(
         if previous is not None and step.again:
             previous = from_afar(previous, int(rng.choice((1, 2, 4))))
         elif previous is not None:
-            asked = clickers.corrections(known, (previous[:, 0] > 0).cpu().numpy(), rng, centre=False)
-            yield
-            prompts.add(asked)
+            masks = (previous[:, 0] > 0).cpu().numpy()
+            prompts.add(clickers.corrections(known, masks, rng, centre=False))
         with torch.set_grad_enabled(step.learnt):
             logits, predicted = decode(sam, embeddings, image_pe, prompts.tokens(sam), previous)
             if number == 0:
@@ -147,19 +143,4 @@ def session(
         if step.learnt:
             log["first" if number == 0 else "again" if step.again else "last"] = iou(shown, target).mean()
         previous = shown.detach().float()
-    return total / sum(step.learnt for step in steps), log
-
-
-def in_turn(sessions: Iterable[Generator[None, None, Losses]]) -> tuple[Tensor, dict[str, float]]:
-    """Play sessions of equally many objects in turn; the mean of their losses and of what they log."""
-    playing, played = list(sessions), []
-    while playing:
-        for one in tuple(playing):
-            try:
-                next(one)
-            except StopIteration as end:
-                played.append(end.value)
-                playing.remove(one)
-    losses, logs = zip(*played, strict=True)
-    means = {name: float(torch.stack([log[name] for log in logs]).mean()) for name in logs[0]}
-    return torch.stack(losses).mean(), means
+    return total / sum(step.learnt for step in steps), {name: float(value) for name, value in log.items()}

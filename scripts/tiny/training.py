@@ -22,7 +22,7 @@ from tiny import parallel
 from tiny.clicks import Clickers
 from tiny.pool import Pool
 from tiny.samples import Samples
-from tiny.session import in_turn, normalise, plan, session
+from tiny.session import normalise, plan, session_loss
 from tiny.teacher import Teacher
 from tiny.validation import validate
 from tiny.warmup import warm_up
@@ -185,6 +185,7 @@ class Run:
     def _learn(self, batch: dict[str, Tensor]) -> dict[str, float]:
         settings, seed = self.config["train"], self.config["seed"]
         steps = plan(np.random.default_rng((seed, 76, self.step)))  # the same in all processes: none waits for long
+        rng = np.random.default_rng((seed, 77, self.step, parallel.rank()))
         known = batch["masks"].flatten(0, 1).numpy()
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         # The encoder is half the time in bf16; the decoder's small products gain nothing.
@@ -192,16 +193,8 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16):
             embeddings, p16 = self.sam.image_encoder.pyramid(pixels)
         embeddings = embeddings.float().repeat_interleave(settings["objects"], 0)
-        masks, parts = batch["masks"].flatten(0, 1), settings["parts"]
-        loss, log = in_turn(
-            session(
-                *(self.sam, embeddings[part::parts], masks[part::parts], known[part::parts]),
-                np.random.default_rng((seed, 77, self.step, parallel.rank(), part)),
-                *(steps, self.clickers),
-                box_share=settings["box_share"],
-            )
-            for part in range(parts)
-        )
+        masks, box_share = batch["masks"].flatten(0, 1), settings["box_share"]
+        loss, log = session_loss(self.sam, embeddings, masks, known, rng, steps, self.clickers, box_share=box_share)
         if self.teacher is not None:
             features, known_there = self.teacher.features(batch["image"], batch["valid"])
             distance = F.smooth_l1_loss(self.imitate(p16.float()), features, reduction="none").mean(1)

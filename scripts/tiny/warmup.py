@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiny.clicks import Clickers
-from tiny.session import in_turn, plan, session
+from tiny.session import plan, session_loss
 from worker.backbones.tiny import resize_tiny
 
 
@@ -59,7 +59,7 @@ def warm_up(sam: Sam, *, steps: int, side: int, count: int, lr: float, seed: int
         for group in optimiser.param_groups:
             group["lr"] = lr * factor
         inputs = embeddings.to(sam.device), truths.to(sam.device), truths.numpy()
-        loss, log = in_turn([session(sam, *inputs, rng, plan(rng), clickers, box_share=0.12)])
+        loss, log = session_loss(sam, *inputs, rng, plan(rng), clickers, box_share=0.12)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

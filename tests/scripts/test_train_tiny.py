@@ -49,7 +49,6 @@ lr = 1e-3
 [train]
 batch = 2
 objects = 2
-parts = 2
 lr = 1e-3
 decoder_lr = 1e-3
 weight_decay = 0.01
@@ -164,28 +163,6 @@ def test_hired_clickers_click_where_one_alone_does() -> None:
     for one, same, truth in zip(*starts, truths, strict=True):
         assert np.array_equal(one, same)
         assert len(one) == 2 or truth[int(one[0, 1]), int(one[0, 0])]
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_sessions_in_turn_are_each_what_it_is_alone() -> None:
-    clicks, session = importlib.import_module("tiny.clicks"), importlib.import_module("tiny.session")
-    torch.manual_seed(0)
-    sam = build_tiny(64, (8, 8, 16, 16), (1, 1, 1, 1), 32, 4, 32)
-    embeddings, known = torch.randn(4, 32, 8, 8), np.zeros((4, 32, 32), bool)
-    for number in range(4):
-        known[number, 4 : 10 + 4 * number, 6:20] = True
-    steps = [session.Step(again=False, learnt=True), *[session.Step(again=False, learnt=False)] * 3]
-
-    def play(part: int) -> Any:
-        mine, truths = slice(part, None, 2), torch.from_numpy(known)[part::2]
-        rng = np.random.default_rng(part)
-        hired = clicks.Clickers(2)
-        return session.session(sam, embeddings[mine], truths, known[mine], rng, steps, hired, box_share=0.3)
-
-    alone = [session.in_turn([play(part)]) for part in (0, 1)]
-    both = session.in_turn(play(part) for part in (0, 1))
-    assert float(both[0].detach()) == pytest.approx(np.mean([float(loss.detach()) for loss, _ in alone]), rel=1e-5)
-    assert both[1]["first"] == pytest.approx(np.mean([log["first"] for _, log in alone]), rel=1e-5)
 
 
 TEACHER = """
