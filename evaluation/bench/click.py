@@ -15,24 +15,16 @@ from label_studio_sdk.converter import brush
 from segment_anything import SamPredictor, sam_model_registry
 from torch import Tensor
 
+from evaluation.bench.clicks import Clicks, clicks_on
 from evaluation.bench.server import Page, Server, has_redis, shared
 from evaluation.bench.setup import SIZES, Bench, published, summary, synchronise
 from worker.backbones import Backbone
 from worker.embeddings import Embedding
 
-#: Clicks on one object, (x %, y %, positive); timed after each.
-CLICKS = ((50.0, 50.0, True), (20.0, 30.0, False), (62.0, 41.0, True), (80.0, 75.0, False))
-#: Each time they lie this much further right and down, percent, so that no part of the image that a click needs is
-#: encoded already.
-STEP, STEPS = 0.4, 20
-#: Before each, milliseconds: what a server does after an answer (the click log) does not count for the next one.
+#: Of the drawn scene that is clicked on.
+SEED = 3
+#: Before each click, milliseconds: what a server does after an answer (the click log) does not count for the next one.
 PAUSE_MS = 100
-
-
-def clicks_of(number: int) -> list[tuple[float, float, bool]]:
-    """`CLICKS` on the object of this number."""
-    move = STEP * (number % STEPS)
-    return [(x + move, y + move, positive) for x, y, positive in CLICKS]
 
 
 class Stock:
@@ -50,7 +42,7 @@ class Stock:
         predictor.original_size, predictor.input_size = embedding.original_size, embedding.input_size
         predictor.is_image_set = True
 
-    def decoder(self, clicks: list[tuple[float, float, bool]]) -> float:
+    def decoder(self, clicks: Clicks) -> float:
         """Milliseconds of prompt encoder and mask decoder alone, fed the logits of the click before."""
         predictor, sam = self.predictor, self.predictor.model
         points, labels = self._points(clicks)
@@ -73,7 +65,7 @@ class Stock:
         self._mask_input = logits[:, :1]
         return spent
 
-    def answer(self, clicks: list[tuple[float, float, bool]]) -> float:
+    def answer(self, clicks: Clicks) -> float:
         """Milliseconds of `SamPredictor.predict`, with its mask at full size, and the SDK's `mask2rle`."""
         points, labels = self._points(clicks)
         began = time.perf_counter()
@@ -81,7 +73,7 @@ class Stock:
         brush.mask2rle(masks[0].astype(np.uint8) * 255)  # type: ignore[no-untyped-call]
         return 1000 * (time.perf_counter() - began)
 
-    def _points(self, clicks: list[tuple[float, float, bool]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _points(self, clicks: Clicks) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         height, width = self.predictor.original_size
         points = np.array([(x / 100 * width, y / 100 * height) for x, y, _ in clicks])
         return points, np.array([int(positive) for _, _, positive in clicks])
@@ -102,10 +94,10 @@ def measure(bench: Bench) -> dict[str, Any]:
             stock = Stock(backbone)
             for number, size in enumerate(bench.sizes, 1):
                 bench.say(f"clicks: {name}, {size}")
-                image = bench.image(f"click-{size}", 3, *SIZES[size])
-                rounds = bench.count(12 if name == "tiny" else 8, 1)
+                image = bench.image(f"click-{size}", SEED, *SIZES[size])
+                clicked = clicks_on(bench, image, SEED, SIZES[size], 1 + bench.count(12 if name == "tiny" else 8, 1))
                 stock.look_at(bench.encoded(backbone, image))
-                times, parts = _one(pages, stock, image, number, rounds, bench.count(PAUSE_MS, 20) / 1000)
+                times, parts = _one(pages, stock, image, number, clicked, bench.count(PAUSE_MS, 20) / 1000)
                 clicks[size] = {way: summary(spent) for way, spent in times.items()}
                 stages[size] = {stage: summary(spent) for stage, spent in parts.items() if max(spent) > 0}
                 ratios[size] = _ratios(times, parts)
@@ -149,18 +141,19 @@ def _ratios(times: dict[str, list[float]], stages: dict[str, list[float]]) -> di
 
 
 def _one(
-    pages: dict[str, Page], stock: Stock, image: Path, task: int, rounds: int, pause_s: float
+    pages: dict[str, Page], stock: Stock, image: Path, task: int, clicked: list[Clicks], pause_s: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds of all ways on one image, in turn, and of the stages of `embedded`."""
+    """Milliseconds of all ways on one image, in turn, and of the stages of `embedded`, after each click on an object
+    of `clicked` but the first, which warms up."""
     times: dict[str, list[float]] = defaultdict(list)
     stages: dict[str, list[float]] = defaultdict(list)
     before = {way: page.stages() for way, page in pages.items()}
-    for turn in range(-1, rounds):
+    for turn, clicks in enumerate(clicked):
         session = f"s{task}-{turn}"
-        for count in range(1, len(CLICKS) + 1):
-            given = clicks_of(turn + 1)[:count]
+        for count in range(1, len(clicks) + 1):
+            given = clicks[:count]
             for way in (*pages, "decoder", "stock"):
-                if turn < 0 and way == "stock" and count > 1:
+                if not turn and way == "stock" and count > 1:
                     continue  # the decoder has warmed up what they share, and a mask of noise takes the SDK seconds
                 time.sleep(pause_s)
                 if way in pages:
@@ -168,12 +161,12 @@ def _one(
                     after = pages[way].stages()
                     parts = {stage: after[stage] - before[way].get(stage, 0.0) for stage in after}
                     before[way] = after
-                    if turn >= 0 and way == "embedded":
+                    if turn and way == "embedded":
                         for stage, part in parts.items():
                             stages[stage].append(part)
                         stages["http_and_json"].append(spent - sum(parts.values()))
                 else:
                     spent = stock.decoder(given) if way == "decoder" else stock.answer(given)
-                if turn >= 0:  # the first round warms up, and encodes the image
+                if turn:
                     times[way].append(spent)
     return times, stages

@@ -98,6 +98,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(click, "_started", lambda bench, backbone: ({}, None))
     monkeypatch.setattr(click, "Stock", _Stock)
     monkeypatch.setattr(click, "_one", one)
+    monkeypatch.setattr(click, "clicks_on", lambda *_: [])
     monkeypatch.setattr(Bench, "image", lambda self, name, *_: Path(f"{name}.jpg"))
     monkeypatch.setattr(Bench, "encoded", lambda *_: None)
     return images
