@@ -28,12 +28,13 @@ def clicks_on(bench: Bench, image: Path, seed: int, size: tuple[int, int], objec
     masks of random weights are noise."""
     width, height = size
     backbone, labels, rng = bench.build("tiny"), scene(seed, height, width).labels, np.random.default_rng(seed)
+    most = bench.count(CLICKS_EACH, 2)
     embedding, look = bench.encoded(backbone, image), looker(backbone, np.array(Image.open(image)))
 
     def session(truth: Mask) -> Iterator[tuple[float, float, bool]]:
         before: Decoded | None = None
         prompts, mask = Prompts(), np.zeros(truth.shape, bool)
-        while len(prompts.clicks) < CLICKS_EACH and (click := human_like_click(truth, mask, prompts.clicks, rng)):
+        while len(prompts.clicks) < most and (click := human_like_click(truth, mask, prompts.clicks, rng)):
             prompts = Prompts(clicks=(*prompts.clicks, click))
             before = decode_next(backbone, embedding, prompts, before, look)
             mask = to_mask(before.logits, before.frame, prompts)
