@@ -55,13 +55,6 @@ def correction(truth: Mask, mask: Mask, rng: np.random.Generator, *, centre: boo
     return x0 + x, y0 + y, positive
 
 
-def start(truth: Mask, rng: np.random.Generator, *, boxed: bool, centre: bool) -> Start:
-    """The first prompt: a box about the object, or a click in it; corners or click as (x, y)."""
-    if boxed:
-        return box_around(truth, rng)
-    return np.array([inside(truth, rng, centre=centre)], float)
-
-
 class Clickers:
     """Processes that click on the objects of a batch at once: beside a GPU, one alone would take as long as the rest
     of the step. None of them with `count` 0: the clicks are made where they are asked for."""
@@ -73,8 +66,8 @@ class Clickers:
             self.executor.submit(int).result()
 
     def starts(self, truths: Mask, rng: np.random.Generator, *, box_share: float, centre: bool) -> Iterable[Start]:
-        """`start` of N objects (truths N x H x W): a box for a share of them, else a click; 40 % of the clicks in the
-        middle, or all with `centre`."""
+        """The first prompt of each of N objects (truths N x H x W): a box about a share of them, else a click; 40 % of
+        the clicks in the middle, or all with `centre`."""
         boxed, middles = rng.random(len(truths)) < box_share, centre | (rng.random(len(truths)) < 0.4)
         return self._ask(_start, [truths], boxed, middles, rng=rng)
 
@@ -95,7 +88,8 @@ class Clickers:
 
 
 def _start(truth: Mask, boxed: bool, centre: bool, seed: int) -> Start:
-    return start(truth, np.random.default_rng(seed), boxed=boxed, centre=centre)
+    rng = np.random.default_rng(seed)
+    return box_around(truth, rng) if boxed else np.array([inside(truth, rng, centre=centre)], float)
 
 
 def _correction(truth: Mask, mask: Mask, centre: bool, seed: int) -> tuple[int, int, bool]:

@@ -1,4 +1,4 @@
-"""Training of tiny: the restated decoding is segment_anything's, and a killed run goes on as if it had not been."""
+"""Training runs of tiny: what they learn from, and that a killed one goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -67,107 +67,23 @@ until = 1.0
 """
 
 
-@pytest.fixture
-def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    torch.set_num_threads(1)
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-@pytest.mark.parametrize("boxed", [False, True])
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_decoding_in_training_is_segment_anythings(boxed: bool, with_mask: bool) -> None:
-    decoding = importlib.import_module("tiny.decoding")
-    torch.manual_seed(0)
-    sam = build_tiny(96, (8, 8, 16, 16), (1, 1, 1, 1), 32, 4, 32)
-    embedding = torch.randn(2, 32, 12, 12)
-    mask_input = torch.randn(2, 1, 48, 48) if with_mask else None
-    points = torch.tensor([[[10.0, 20.0], [30.0, 60.0], [50.0, 5.0]], [[1.0, 2.0], [90.0, 80.0], [33.0, 44.0]]])
-    with torch.no_grad():
-        pe = sam.prompt_encoder.get_dense_pe()
-        if boxed:  # two corners, then a click
-            tokens = decoding.prompt_tokens(sam, points, torch.tensor([[2, 3, 0], [2, 3, 1]]))
-        else:  # a click, SAM's padding point, a click
-            padded = points.clone()
-            padded[:, 1] = 0
-            tokens = decoding.prompt_tokens(sam, padded, torch.tensor([[1, -1, 0], [1, -1, 1]]))
-        masks, scores = decoding.decode(sam, embedding, pe, tokens, mask_input)
-        for n in range(2):
-            last = torch.tensor([[0, 1][n]])
-            if boxed:
-                clicks, boxes = (points[n : n + 1, 2:], last[None]), points[n, :2].reshape(1, 4)
-            else:
-                clicks, boxes = (points[n : n + 1, [0, 2]], torch.tensor([[1, int(last)]])), None
-            sparse, dense = sam.prompt_encoder(clicks, boxes, None if mask_input is None else mask_input[n : n + 1])
-            theirs, their_scores = sam.mask_decoder.predict_masks(embedding[n : n + 1], pe, sparse, dense)
-            torch.testing.assert_close(masks[n : n + 1], theirs, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(scores[n : n + 1], their_scores, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_focal_and_dice_against_a_slow_reference() -> None:
-    losses = importlib.import_module("tiny.losses")
-    rng = np.random.default_rng(0)
-    logits, truth = rng.normal(0, 2, (2, 3, 5, 4)), rng.random((2, 1, 5, 4)) > 0.5
-    focal = losses.normalised_focal(torch.tensor(logits), torch.tensor(truth, dtype=torch.float64))
-    dice = losses.dice(torch.tensor(logits), torch.tensor(truth, dtype=torch.float64))
-    for n in range(2):
-        for m in range(3):
-            weighted = weights = both = sizes = 0.0
-            for value, inside in zip(logits[n, m].ravel(), truth[n, 0].ravel(), strict=True):
-                p = 1 / (1 + np.exp(-value))
-                right = p if inside else 1 - p
-                weighted += (1 - right) ** 2 * -np.log(right) / 20
-                weights += (1 - right) ** 2 / 20
-                both += p * inside
-                sizes += p + inside
-            assert focal[n, m].item() == pytest.approx(weighted / (weights + 1e-4), rel=1e-6)
-            assert dice[n, m].item() == pytest.approx(1 - (2 * both + 1) / (sizes + 1), rel=1e-6)
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_a_correction_lies_in_the_larger_error_and_says_which_it_is() -> None:
-    clicks = importlib.import_module("tiny.clicks")
-    truth, mask = np.zeros((2, 20, 30), bool)
-    truth[4:14, 4:14] = True
-    mask[4:14, 4:9] = True
-    mask[0:2, 25:27] = True
-    for centre in (True, False):
-        x, y, positive = clicks.correction(truth, mask, np.random.default_rng(0), centre=centre)
-        assert positive
-        assert truth[y, x]
-        assert not mask[y, x]
-    mask[:] = True
-    x, y, positive = clicks.correction(truth, mask, np.random.default_rng(0), centre=True)
-    assert not positive
-    assert not truth[y, x]
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_hired_clickers_click_where_one_alone_does() -> None:
-    clicks = importlib.import_module("tiny.clicks")
-    rng = np.random.default_rng(3)
-    truths, masks = rng.random((2, 5, 32, 40)) > 0.5
-    for centre in (True, False):
-        alone, hired = (
-            list(clicks.Clickers(count).corrections(truths, masks, np.random.default_rng(1), centre=centre))
-            for count in (0, 2)
-        )
-        assert alone == hired
-        for (x, y, positive), truth, mask in zip(alone, truths, masks, strict=True):
-            assert truth[y, x] == positive != mask[y, x]
-    starts = (
-        list(clicks.Clickers(count).starts(truths, np.random.default_rng(2), box_share=0.5, centre=False))
-        for count in (0, 2)
-    )
-    for one, same, truth in zip(*starts, truths, strict=True):
-        assert np.array_equal(one, same)
-        assert len(one) == 2 or truth[int(one[0, 1]), int(one[0, 0])]
+def _photographs(folder: Path, sets: dict[str, int]) -> Path:
+    """A folder of so many images and labels by set, as `--data` takes it."""
+    source, rng = folder / "source", np.random.default_rng(0)
+    for name, count in sets.items():
+        for kind in ("images", "labels"):
+            (source / name / kind).mkdir(parents=True)
+        (source / name / "metadata.json").write_text("{}")
+        for number in range(count):
+            image = cv2.GaussianBlur(rng.integers(0, 255, (60, 80, 3), np.uint8), (0, 0), 3)
+            cv2.imwrite(str(source / name / "images" / f"{number}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 98])
+            cv2.imwrite(str(source / name / "labels" / f"{number}.png"), (image[..., 0] > 127).astype(np.uint8))
+    return source
 
 
 TEACHER = """
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 class Network(torch.nn.Module):
     def __init__(self):
@@ -187,21 +103,13 @@ def load(path):
 @pytest.mark.usefixtures("scripts_on_path")
 def test_a_teacher_is_imitated_where_the_image_is(tmp_path: Path) -> None:
     pool, teacher = importlib.import_module("tiny.pool"), importlib.import_module("tiny.teacher")
-    birds = tmp_path / "source" / "birds"
-    rng = np.random.default_rng(0)
-    (birds / "images").mkdir(parents=True)
-    (birds / "labels").mkdir()
-    (birds / "metadata.json").write_text("{}")
-    for number in range(8):
-        image = cv2.GaussianBlur(rng.integers(0, 255, (70, 90, 3), np.uint8), (0, 0), 3)
-        cv2.imwrite(str(birds / "images" / f"{number}.png"), image)
-        cv2.imwrite(str(birds / "labels" / f"{number}.png"), (image[..., 0] > 127).astype(np.uint8))
+    source = _photographs(tmp_path, {"birds": 8})
     (tmp_path / "net.py").write_text(TEACHER)
     torch.manual_seed(1)
     convolution = torch.nn.Conv2d(3, 1024, 16, 16)
     weights = {f"conv.{name}": value.detach() for name, value in convolution.named_parameters()}
     save_file(weights, tmp_path / "net.safetensors")
-    said = _start(tmp_path, "--steps", "3", "--data", str(birds.parent), "--teacher", str(tmp_path / "net.safetensors"))
+    said = _start(tmp_path, "--steps", "3", "--data", str(source), "--teacher", str(tmp_path / "net.safetensors"))
     out = said.communicate(timeout=300)[0]
     assert said.returncode == 0, out
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["imitation"] > 0
@@ -223,16 +131,7 @@ def test_a_teacher_is_imitated_where_the_image_is(tmp_path: Path) -> None:
 def test_a_pool_packed_for_another_machine_is_smaller_and_packed_again_there(tmp_path: Path) -> None:
     pool = importlib.import_module("tiny.pool")
     config = tomllib.loads(CONFIG)["pool"] | {"scenes": 0}
-    source = tmp_path / "source"
-    rng = np.random.default_rng(0)
-    for name, count in (("birds", 5), ("left", 1)):
-        for kind in ("images", "labels"):
-            (source / name / kind).mkdir(parents=True)
-        (source / name / "metadata.json").write_text("{}")
-        for number in range(count):
-            image = cv2.GaussianBlur(rng.integers(0, 255, (60, 80, 3), np.uint8), (0, 0), 3)
-            cv2.imwrite(str(source / name / "images" / f"{number}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 98])
-            cv2.imwrite(str(source / name / "labels" / f"{number}.png"), (image[..., 0] > 127).astype(np.uint8))
+    source = _photographs(tmp_path, {"birds": 5, "left": 1})
     plain, carried, there = (tmp_path / name for name in ("plain", "carried", "there"))
     pool.pack(source, plain, config)
     pool.pack(source, carried, config | {"webp_quality": 50})
@@ -410,24 +309,3 @@ def test_a_configuration_says_only_what_differs(monkeypatch: pytest.MonkeyPatch)
     assert further["pool"] == whole["pool"] and further["model"] == whole["model"]
     assert (further["train"]["objects"], further["train"]["clip"]) == (1, whole["train"]["clip"])
     assert further["stages"][-1] == {"size": 384, "until": 1.0}
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_a_session_is_learnt_from_first_and_last_and_sometimes_looks_again() -> None:
-    session = importlib.import_module("tiny.session")
-    plans = [session.plan(np.random.default_rng(seed)) for seed in range(300)]
-    assert all(steps[0].learnt and steps[-1].learnt and sum(step.learnt for step in steps) == 2 for steps in plans)
-    assert not any(steps[0].again or any(step.again for step in steps[2:]) for steps in plans)
-    assert 0.5 < np.mean([steps[1].again for steps in plans]) < 0.7
-    assert max(map(len, plans)) > 8
-
-
-@pytest.mark.usefixtures("scripts_on_path")
-def test_a_mask_seen_from_afar_is_coarser_and_as_large() -> None:
-    session = importlib.import_module("tiny.session")
-    logits = torch.randn(2, 1, 32, 32)
-    assert session.from_afar(logits, 1) is logits
-    coarse = session.from_afar(logits, 4)
-    assert coarse.shape == logits.shape
-    torch.testing.assert_close(coarse.mean((2, 3)), logits.mean((2, 3)), atol=0.05, rtol=0)
-    assert coarse.diff(dim=-1).abs().mean() < 0.3 * logits.diff(dim=-1).abs().mean()
