@@ -121,7 +121,8 @@ def _view(
         masks = None if masks is None else mirrored_map(masks, frame)
     sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
     features = embedding.features[number : number + 1].to(backbone.device, torch.float32)
-    output = backbone.decoder(features, sparse, dense)
+    # Without a mask input the prompt encoder thinks of the whole square.
+    output = backbone.decoder(features, sparse, dense[..., : features.shape[-2], : features.shape[-1]])
     if number:
         mirrored = {"logits": mirrored_map(output.logits, frame), "upscaled": mirrored_map(output.upscaled, frame)}
         return output._replace(**mirrored)
@@ -218,5 +219,5 @@ def _to_input_frame(
 
 def _frame(backbone: Backbone, embedding: Embedding) -> Frame:
     rows, columns = embedding.features.shape[-2:]
-    size = (4 * rows, 4 * columns)
-    return Frame(embedding.original_size, embedding.input_size, size, backbone.image_size, embedding.window)
+    size, padded = (4 * rows, 4 * columns), (backbone.stride * rows, backbone.stride * columns)
+    return Frame(embedding.original_size, embedding.input_size, size, padded, embedding.window)

@@ -102,19 +102,20 @@ def encode_resized(
         pixels = torch.as_tensor(resized, device=backbone.device).permute(2, 0, 1).contiguous()[None]
         views = mirrored_pixels(pixels) if twice else pixels
         with running_in(backbone.precision, backbone.device):
-            features = backbone.encoder(backbone.sam.preprocess(views))
+            rows, columns = backbone.padded_size((pixels.shape[-2], pixels.shape[-1]))
+            features = backbone.encoder(backbone.sam.preprocess(views)[..., :rows, :columns])
     # A copy outside inference mode: whoever fits a head on decoder features may need gradients.
     features = features.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
-    colours = _colours(pixels, backbone.image_size, features)
+    colours = _colours(pixels, (rows, columns), features)
     until_computed(backbone.device)  # clicks read it on a stream of their own
     height, width = resized.shape[:2]
     return Embedding(features, colours, original_size, (height, width))
 
 
-def _colours(pixels: Tensor, side: int, features: Tensor) -> Tensor:
-    """(1, 3, h, w) uint8, padded to `side` and averaged to four times the resolution of `features`."""
+def _colours(pixels: Tensor, padded_size: tuple[int, int], features: Tensor) -> Tensor:
+    """(1, 3, h, w) uint8, padded and averaged to four times the resolution of `features`."""
     height, width = pixels.shape[-2:]
-    padded = F.pad(pixels[0].float(), (0, side - width, 0, side - height))
+    padded = F.pad(pixels[0].float(), (0, padded_size[1] - width, 0, padded_size[0] - height))
     return F.adaptive_avg_pool2d(padded, (4 * features.shape[-2], 4 * features.shape[-1])).round().to(torch.uint8)
 
 

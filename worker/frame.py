@@ -1,7 +1,7 @@
 """Where the decoder's low-resolution map lies on the image.
 
 Original coordinates: (x, y) in pixels of the original image. Low-resolution: (col, row) in cells of the decoder's
-output, which covers the padded square input. Both are continuous, the centre of the first pixel or cell at (0.5, 0.5),
+output, which covers the padded input. Both are continuous, the centre of the first pixel or cell at (0.5, 0.5),
 so `int(col)` is the cell.
 """
 
@@ -47,13 +47,14 @@ class Window:
 class Frame:
     """How the image lies in the low-resolution map. Sizes are (height, width).
 
-    `window`: the part of the image that was encoded, None for all of it; `input_size`: what it was resized to.
+    `window`: the part of the image that was encoded, None for all of it; `input_size`: what it was resized to;
+    `padded_size`: what that was padded to, see `Backbone.padded_size`.
     """
 
     original_size: tuple[int, int]
     input_size: tuple[int, int]
     lowres_size: tuple[int, int]
-    image_size: int
+    padded_size: tuple[int, int]
     window: Window | None = None
 
     @property
@@ -65,8 +66,8 @@ class Frame:
     def _scale(self) -> tuple[float, float]:
         """Cells per original pixel, (x, y)."""
         (height, width), (input_height, input_width) = self.seen.size, self.input_size
-        rows, columns = self.lowres_size
-        return input_width / width * columns / self.image_size, input_height / height * rows / self.image_size
+        (rows, columns), (padded_height, padded_width) = self.lowres_size, self.padded_size
+        return input_width / width * columns / padded_width, input_height / height * rows / padded_height
 
     def to_lowres(self, x: float, y: float) -> tuple[float, float]:
         """Original (x, y) to low-resolution (col, row)."""
@@ -87,10 +88,11 @@ class Frame:
     @property
     def width(self) -> float:
         """Columns of the map that hold the image, the last perhaps in part."""
-        return self.input_size[1] * self.lowres_size[1] / self.image_size
+        return self.input_size[1] * self.lowres_size[1] / self.padded_size[1]
 
     @property
     def valid(self) -> tuple[int, int]:
         """(rows, cols): the leading part of the map whose cells touch the image; the rest is padding."""
         (height, width), (rows, columns) = self.input_size, self.lowres_size
-        return math.ceil(height * rows / self.image_size), math.ceil(width * columns / self.image_size)
+        padded_height, padded_width = self.padded_size
+        return math.ceil(height * rows / padded_height), math.ceil(width * columns / padded_width)

@@ -79,8 +79,8 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
     where these agree, so on a CPU only the columns of a band in which both signs occur are computed. By PyTorch:
     NumPy's threads would go on spinning after each product, and take a core from the encoder.
     """
-    wide = _resize_last_axis(logits, frame.image_size, frame.input_size[1], size[1])
-    shape = (frame.lowres_size[0], frame.image_size, frame.input_size[0], size[0])
+    wide = _resize_last_axis(logits, frame.padded_size[1], frame.input_size[1], size[1])
+    shape = (frame.lowres_size[0], frame.padded_size[0], frame.input_size[0], size[0])
     if logits.device.type != "cpu":
         return _to_host(_row_weights(*shape, logits.device) @ wide > 0)
     positive = (wide > 0).numpy()
@@ -103,23 +103,23 @@ def upsample(logits: Tensor, frame: Frame, size: tuple[int, int]) -> Mask:
     return mask
 
 
-def _resize_last_axis(values: Tensor, image_size: int, input_length: int, length: int) -> Tensor:
+def _resize_last_axis(values: Tensor, padded_length: int, input_length: int, length: int) -> Tensor:
     """One axis of `Sam.postprocess_masks`: to the padded input, cropped, to the output size; (n, w) to (n, W)."""
-    padded = F.interpolate(values[None], image_size, mode="linear", align_corners=False)
+    padded = F.interpolate(values[None], padded_length, mode="linear", align_corners=False)
     return F.interpolate(padded[..., :input_length], length, mode="linear", align_corners=False)[0]
 
 
 @lru_cache(maxsize=16)
-def _row_weights(lowres: int, image_size: int, input_length: int, length: int, device: torch.device) -> Tensor:
+def _row_weights(lowres: int, padded_length: int, input_length: int, length: int, device: torch.device) -> Tensor:
     """(length, lowres): what each low-resolution row contributes to each output row."""
     with torch.inference_mode(False), torch.no_grad():
-        return _resize_last_axis(torch.eye(lowres), image_size, input_length, length).T.contiguous().to(device)
+        return _resize_last_axis(torch.eye(lowres), padded_length, input_length, length).T.contiguous().to(device)
 
 
 @lru_cache(maxsize=16)
-def _row_bands(lowres: int, image_size: int, input_length: int, length: int) -> list[tuple[int, int, int, Tensor]]:
+def _row_bands(lowres: int, padded_length: int, input_length: int, length: int) -> list[tuple[int, int, int, Tensor]]:
     """For each band of output rows: first row, last row + 1, first low-resolution row, weights (rows, low-res rows)."""
-    weights = _row_weights(lowres, image_size, input_length, length, torch.device("cpu"))
+    weights = _row_weights(lowres, padded_length, input_length, length, torch.device("cpu"))
     bands = []
     for top, bottom in pairwise([*range(0, length, BAND), length]):
         used = np.flatnonzero(weights[top:bottom].any(dim=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 
 from worker.backbones import Backbone, build
+from worker.backbones.tiny import GRAIN
 from worker.byte_lru import ByteLRU
 from worker.contract import Box, Click, Prompts
 from worker.decode import LogitsCache, decode, decode_batch, decode_session
 from worker.embeddings import Embedding, encode
+from worker.masks import to_mask
 
 torch.set_num_threads(2)
 SIZES = {"tiny": [(200, 301), (701, 333), (97, 97)], "vit_b": [(701, 933)]}
@@ -24,7 +27,8 @@ BOX = Box(x0=10.5, y0=12, x1=80, y1=90.25)
 
 @cache
 def _backbone(name: str) -> Backbone:
-    return build(name, device="cpu", random_weights=name == "vit_b")
+    # Padded to the square, as `SamPredictor` does.
+    return replace(build(name, device="cpu", random_weights=name == "vit_b"), grain=None)
 
 
 @cache
@@ -94,6 +98,19 @@ def test_equals_sam_predictor(name: str, size: tuple[int, int]) -> None:
             assert found.predicted_iou == pytest.approx(float(iou[0]), abs=1e-4)
             product = torch.einsum("c,chw->hw", found.hyper, found.upscaled)
             torch.testing.assert_close(product, found.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(200, 301), (301, 200)])
+def test_without_the_padding_the_mask_is_nearly_the_same(size: tuple[int, int]) -> None:
+    square, image = _backbone("tiny"), _image(size)
+    trimmed = replace(square, grain=GRAIN)
+    prompts = Prompts(clicks=(Click(x=size[1] / 2, y=size[0] / 2), Click(x=5, y=5, positive=False)))
+    found = [decode_session(backbone, encode(backbone, image), prompts) for backbone in (square, trimmed)]
+    (rows, columns), (fewer_rows, fewer_columns) = (decoded.logits.shape for decoded in found)
+    assert rows == columns == max(fewer_rows, fewer_columns)
+    assert min(fewer_rows, fewer_columns) < 0.75 * rows
+    whole, part = (to_mask(decoded.logits, decoded.frame, prompts) for decoded in found)
+    assert (whole & part).sum() > 0.95 * (whole | part).sum()
 
 
 def test_batch_equals_one_by_one() -> None:

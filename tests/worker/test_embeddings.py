@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from redis.retry import Retry
 from segment_anything import SamPredictor
 
 from worker.backbones import Backbone, build
+from worker.backbones.tiny import GRAIN, STRIDE
 from worker.byte_lru import ByteLRU
 from worker.embeddings import PREFIX, Embedding, EmbeddingCache, encode, from_bytes, to_bytes
 
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return build("tiny", device="cpu")
+    return replace(build("tiny", device="cpu"), grain=None)  # padded to the square, as `SamPredictor` does
 
 
 def _embedding(value: float = 1.0) -> Embedding:
@@ -42,6 +44,20 @@ def test_encode_is_set_image(backbone: Backbone) -> None:
     rows, columns = (round(side * 4 / 8) for side in embedding.input_size)
     assert abs(float(embedding.colours[:, : rows // 2, : columns // 2].float().mean() - small)) < 2
     assert not embedding.features.is_inference()
+
+
+def test_no_padding_is_encoded_but_for_whole_cells(backbone: Backbone) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (201, 333, 3), dtype=np.uint8)
+    trimmed = replace(backbone, grain=GRAIN)
+    embedding = encode(trimmed, image)
+    height, width = embedding.input_size
+    padded = (-(-height // GRAIN) * GRAIN, width)
+    assert trimmed.padded_size(embedding.input_size) == padded
+    assert embedding.features.shape[2:] == (padded[0] // STRIDE, padded[1] // STRIDE)
+    whole = encode(backbone, image)
+    rows = padded[0] // STRIDE * 4
+    torch.testing.assert_close(embedding.colours, whole.colours[:, :rows], rtol=0, atol=0)
+    assert not whole.colours[:, rows:].any()
 
 
 def test_lru_is_bounded_in_bytes() -> None:

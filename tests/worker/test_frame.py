@@ -5,8 +5,8 @@ import pytest
 from worker.contract import Box, Click, Prompts
 from worker.frame import Frame, Window
 
-WHOLE = Frame(original_size=(701, 933), input_size=(769, 1024), lowres_size=(256, 256), image_size=1024)
-PART = Frame((701, 933), (1024, 512), (256, 256), 1024, Window(100, 300, 300, 700))
+WHOLE = Frame(original_size=(701, 933), input_size=(769, 1024), lowres_size=(256, 256), padded_size=(1024, 1024))
+PART = Frame((701, 933), (1024, 512), (256, 256), (1024, 1024), Window(100, 300, 300, 700))
 
 
 def test_places_go_there_and_back() -> None:

@@ -21,7 +21,7 @@ def _frame(size: tuple[int, int], sam: Sam) -> Frame:
     side = sam.image_encoder.img_size
     scale = side / max(size)
     input_size = (int(size[0] * scale + 0.5), int(size[1] * scale + 0.5))
-    return Frame(size, input_size, (side // 2, side // 2), side)
+    return Frame(size, input_size, (side // 2, side // 2), (side, side))
 
 
 def _blobs(frame: Frame, seed: int) -> Tensor:

@@ -16,11 +16,11 @@ from worker.head.features import pixel_features
 from worker.mirror import mirrored_boxes, mirrored_map, mirrored_pixels, mirrored_points
 
 #: 63.5 of 64 columns hold the image, and 40.25.
-HALF = Frame((480, 635), (192, 254), (64, 64), 256)
-NARROW = Frame((800, 503), (256, 161), (64, 64), 256)
+HALF = Frame((480, 635), (192, 254), (64, 64), (256, 256))
+NARROW = Frame((800, 503), (256, 161), (64, 64), (256, 256))
 
 
-@pytest.mark.parametrize("frame", [HALF, NARROW, Frame((600, 800), (192, 256), (64, 64), 256)])
+@pytest.mark.parametrize("frame", [HALF, NARROW, Frame((600, 800), (192, 256), (64, 64), (256, 256))])
 def test_maps_are_mirrored_where_the_image_lies(frame: Frame) -> None:
     rows, cols = torch.meshgrid(torch.arange(64.0), torch.arange(64.0) + 0.5, indexing="ij")
     found = mirrored_map(torch.stack([cols, rows]), frame)
@@ -46,10 +46,9 @@ def _answers(image: NDArray[np.uint8], backbone: Backbone, xs: tuple[float, ...]
     height, width = image.shape[:2]
     seen = encode_window(backbone, image, Window(0, 0, width, height), (height, width))
     clicks = tuple(Click(x=x, y=70.5, positive=not number) for number, x in enumerate(xs))
-    side = 4 * seen.features.shape[-1]
-    return decode(
-        backbone, seen, Prompts(clicks=clicks), torch.linspace(-3, 3, side)[None, :, None].expand(1, -1, side)
-    )
+    rows, columns = (4 * side for side in seen.features.shape[-2:])
+    grows = torch.linspace(-3, 3, rows)[None, :, None].expand(1, -1, columns)
+    return decode(backbone, seen, Prompts(clicks=clicks), grows)
 
 
 @pytest.mark.parametrize("size", [(120, 160), (160, 99)])

@@ -20,7 +20,7 @@ from worker.backbones.fast_decoder import FastDecoder
 from worker.backbones.fast_encoder import fast_encoder
 from worker.backbones.graphed_decoder import GraphedDecoder
 from worker.backbones.mobile_sam import build_mobile_sam
-from worker.backbones.tiny import build_tiny, load_tiny
+from worker.backbones.tiny import GRAIN, build_tiny, load_tiny
 from worker.precision import encoder_precision
 
 TINY_WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny.safetensors"
@@ -31,13 +31,15 @@ MOBILE = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/"
 @dataclass(frozen=True)
 class BackboneSpec:
     """A kind of backbone. `checkpoint` is None for the one whose weights ship with this package. `zoom`: whether it
-    looks at parts of an image unless told otherwise, see `worker.zoom`; that costs an encode now and then."""
+    looks at parts of an image unless told otherwise, see `worker.zoom`; that costs an encode now and then. `grain`: its
+    encoder takes any input whose sides are multiples of this; None for those that must see the padded square."""
 
     name: str
     builder: Callable[[], Sam]
     checkpoint: Checkpoint | None
     source: str
     zoom: bool = False
+    grain: int | None = None
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Backbone:
     """A frozen model, ready to run. `id` names its exact weights: `<name>-<12 hex digits of their SHA-256>`.
 
     `precision`: 16-bit type of the image encoder, None for float32. `zoom`: whether later clicks are decoded on the
-    part of the image that holds the object.
+    part of the image that holds the object. `grain`: of sides that inputs are padded to, None to pad to the square.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Backbone:
     id: str
     precision: torch.dtype | None = None
     zoom: bool = False
+    grain: int | None = None
 
     @property
     def embedding_id(self) -> str:
@@ -83,11 +86,26 @@ class Backbone:
         """Side of the padded square input, pixels."""
         return int(self.sam.image_encoder.img_size)
 
+    @property
+    def stride(self) -> int:
+        """Pixels of the input to a cell of the embedding."""
+        return self.image_size // int(self.sam.prompt_encoder.image_embedding_size[0])
+
+    def padded_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
+        """What an image resized to `input_size` is padded to, both (height, width) in pixels.
+
+        Padding costs as much as image: where the encoder does not need the square, it is left out.
+        """
+        if self.grain is None:
+            return self.image_size, self.image_size
+        height, width = (-(-length // self.grain) * self.grain for length in input_size)
+        return height, width
+
 
 BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
-        BackboneSpec("tiny", build_tiny, None, "trained by this project; ships with it", zoom=True),
+        BackboneSpec("tiny", build_tiny, None, "trained by this project; ships with it", zoom=True, grain=GRAIN),
         BackboneSpec(
             "mobile_sam",
             build_mobile_sam,
@@ -171,7 +189,9 @@ def build(
     sam.requires_grad_(False)
     accelerate(sam)
     encoder = encoder_precision(sam, target, precision)
-    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms(name, zoom))
+    # A GPU wants few shapes: its decoder is recorded for the square, and starting kernels costs more than padding.
+    grain = spec.grain if target.type != "cuda" else None
+    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms(name, zoom), grain)
 
 
 def zooms(name: str, zoom: str) -> bool:

@@ -34,13 +34,13 @@ class DecoderOutput(NamedTuple):
 
 
 class FastDecoder:
-    """`decoder` for images whose grid has the positional encoding `dense_pe` (1, D, h, w). Holds its weights: they must
-    not change afterwards."""
+    """`decoder` for images whose grid has the positional encoding `dense_pe` (1, D, H, W), or the leading rows and
+    columns of it. Holds its weights: they must not change afterwards."""
 
     @torch.no_grad()
     def __init__(self, decoder: MaskDecoder, dense_pe: Tensor) -> None:
         self._decoder = decoder
-        encoding = dense_pe.flatten(2)[0].T  # (h w, D)
+        encoding = dense_pe[0].permute(1, 2, 0)  # (H, W, D)
         transformer = decoder.transformer
         self._layers = []
         for layer in transformer.layers:
@@ -61,7 +61,8 @@ class FastDecoder:
         batch, (height, width) = sparse.shape[0], features.shape[-2:]
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(batch, -1, -1), sparse], dim=1)
-        hidden, image = self._attend(tokens, (features + dense).flatten(2).transpose(1, 2).contiguous())
+        cells = (features + dense).flatten(2).transpose(1, 2).contiguous()
+        hidden, image = self._attend(tokens, cells, (height, width))
         first, second = self._upscaling
         upscaled = first(image.view(batch, height, width, -1))
         upscaled = F.gelu(
@@ -73,8 +74,8 @@ class FastDecoder:
         logits = (hyper @ upscaled.flatten(1, 2).transpose(1, 2)).view(batch, count, *upscaled.shape[1:3])
         return DecoderOutput(logits, decoder.iou_prediction_head(hidden[:, 0]), upscaled.permute(0, 3, 1, 2), hyper)
 
-    def _attend(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """`TwoWayTransformer`: (B, t, D) tokens and the image's cells (B, h w, D), both as they leave it."""
+    def _attend(self, tokens: Tensor, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """`TwoWayTransformer`: (B, t, D) tokens and cells (B, h w, D) of a `grid` (h, w), both as they leave it."""
         transformer = self._decoder.transformer
         queries = tokens
         for layer, projection in zip(transformer.layers, self._layers, strict=True):
@@ -84,13 +85,13 @@ class FastDecoder:
                 placed = queries + tokens
                 queries = queries + layer.self_attn(q=placed, k=placed, v=queries)
             queries = layer.norm1(queries)
-            keys, values, asked = projection(image)
+            keys, values, asked = projection(image, grid)
             queries = layer.norm2(queries + _attention(layer.cross_attn_token_to_image, queries + tokens, keys, values))
             queries = layer.norm3(queries + layer.mlp(queries))
             back = layer.cross_attn_image_to_token
             answer = _cells_ask(back.num_heads, asked, back.k_proj(queries + tokens), back.v_proj(queries))
             image = layer.norm4(back.out_proj(answer).add_(image))
-        keys, values = self._last(image)
+        keys, values = self._last(image, grid)
         last = transformer.final_attn_token_to_image
         return transformer.norm_final_attn(queries + _attention(last, queries + tokens, keys, values)), image
 
@@ -101,15 +102,17 @@ class _Projection:
     def __init__(self, encoding: Tensor, *parts: tuple[nn.Linear, bool]) -> None:
         self._weight = torch.cat([linear.weight for linear, _ in parts]).T.contiguous()
         self._constant = torch.cat(
-            [linear(encoding) if placed else linear.bias.expand(len(encoding), -1) for linear, placed in parts], dim=1
+            [linear(encoding) if placed else linear.bias.expand(*encoding.shape[:2], -1) for linear, placed in parts],
+            dim=-1,
         )
         self._sizes = [linear.out_features for linear, _ in parts]
 
-    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        constant = self._constant[: grid[0], : grid[1]].flatten(0, 1)
         if len(image) == 1:
-            product = torch.addmm(self._constant, image[0], self._weight)[None]
+            product = torch.addmm(constant, image[0], self._weight)[None]
         else:
-            product = (image @ self._weight).add_(self._constant)
+            product = (image @ self._weight).add_(constant)
         ends = list(accumulate(self._sizes))
         return tuple(product[..., end - size : end] for size, end in zip(self._sizes, ends, strict=True))
 

@@ -38,7 +38,8 @@ class _Recording(NamedTuple):
 
 class GraphedDecoder:
     """`decoder`, from recordings where there are any: the same arguments and results. Safe to use from several threads
-    and streams. Where a recording fails, or does not repeat what it recorded, decoding goes on without it."""
+    and streams. Where a recording fails, or does not repeat what it recorded, decoding goes on without it; so it does
+    for what was encoded on a processor and has other sides than the recording."""
 
     def __init__(self, decoder: FastDecoder) -> None:
         self._decoder = decoder
@@ -55,7 +56,7 @@ class GraphedDecoder:
             if tokens not in self._recordings:
                 self._recordings[tokens] = self._recorded(features, sparse, dense)
             recording = self._recordings[tokens]
-            if recording is not None:
+            if recording is not None and recording.inputs[0].shape == features.shape:
                 return self._replayed(recording, features, sparse, dense)
         return self._decoder(features, sparse, dense)
 

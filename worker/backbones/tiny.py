@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 FORMAT = "bald-sam tiny 1"
 STRIDE = 8
+GRAIN = 32  # sides of inputs are multiples of this
 HEAD_CHANNELS = 32  # of each head of the encoder's self-attention
 # Kept in float32 on disk: a running variance can leave the range of half precision, and all of these are small.
 FULL_PRECISION = ("running_mean", "running_var", "positional_encoding_gaussian_matrix")
@@ -82,7 +83,7 @@ class AttentionBlock(nn.Module):
         return cells.transpose(1, 2).reshape_as(x)
 
 
-@cache
+@lru_cache(maxsize=8)
 def positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """Sines and cosines of row and column with periods of 2 to 128 cells: (height * width) x `channels`, float32."""
     periods = torch.logspace(1, 7, channels // 4, base=2.0)
@@ -109,8 +110,8 @@ class TinyEncoder(nn.Module):
         attention16: int = 0,
     ) -> None:
         super().__init__()
-        if img_size % 32:
-            raise ValueError(f"img_size is {img_size}; it must be a multiple of 32.")
+        if img_size % GRAIN:
+            raise ValueError(f"img_size is {img_size}; it must be a multiple of {GRAIN}.")
         self.img_size = img_size
         w4, w8, w16, w32 = widths
         self.stem = nn.Sequential(
@@ -161,7 +162,8 @@ class TinyEncoder(nn.Module):
         return self.neck(self.smooth8(p8)), p16
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x 3 x S x S, normalised and padded by `Sam.preprocess`, to the embedding B x dim x S/8 x S/8."""
+        """B x 3 x S x S, normalised and padded by `Sam.preprocess`, to the embedding B x dim x S/8 x S/8. Any other
+        input does as well whose sides are multiples of 32."""
         return self.pyramid(x)[0]
 
 

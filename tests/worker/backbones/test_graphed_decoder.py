@@ -82,6 +82,16 @@ def test_batches_and_long_sessions_go_without(backbone: Backbone, fast: FastDeco
     assert recorder.captured == []
 
 
+def test_what_was_encoded_elsewhere_without_padding_goes_without(backbone: Backbone, fast: FastDecoder) -> None:
+    recorder = Recorder(fast)
+    features, sparse, dense = given(backbone, 0, 2)
+    with torch.no_grad():
+        recorder(features, sparse, dense)
+        upper = features[:, :, :20], sparse, dense[:, :, :20]
+        torch.testing.assert_close(recorder(*upper).logits, fast(*upper).logits)
+    assert recorder.replays == 2  # the whole grid's: tried, and used
+
+
 def decodes_and_tries_once(recorder: Recorder, fast: FastDecoder, backbone: Backbone) -> None:
     arguments = given(backbone, 0, 2)
     with torch.no_grad():

@@ -25,7 +25,7 @@ PROMPTS = Prompts(
 def _decoded(side: int = 32) -> Decoded:
     generator = torch.Generator().manual_seed(4)
     colours = torch.rand((3, side, side), generator=generator)
-    frame = Frame((100, 128), (50, 64), (side, side), 64)
+    frame = Frame((100, 128), (50, 64), (side, side), (64, 64))
     none = torch.zeros(1, side, side)
     embedding = Embedding(none, none, (100, 128), (50, 64))
     return Decoded(none[0], 0.5, none, torch.zeros(1), none, torch.zeros(1), colours, frame, embedding)
