@@ -36,7 +36,7 @@ from worker.embeddings import Embedding, encode_resized, resize
 from worker.head.fit import FitOptions
 from worker.head.store import Head, save_head
 from worker.images import ImageError, decode_image, fetch
-from worker.preemption import give_way, give_way_within
+from worker.preemption import give_way
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image
 from worker.training import SessionOptions, Visited, collect, fit_head
@@ -75,7 +75,6 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
     report = report or _Reporter(job.project, current)
     learnt, held_out = split(job)
     backbone, before = current.backbone, current.proposer_of(job.project)
-    give_way_within(backbone.encoder)
     skipped: dict[str, str] = {}
 
     def sessions(objects: Sequence[LabelledObject], stage: str) -> Iterator[tuple[str, Session]]:

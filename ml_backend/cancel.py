@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -19,6 +21,7 @@ class Cancellable:
     def __init__(self, kind: type[Exception]) -> None:
         self._kind = kind
         self._thread: int | None = None
+        self._asked = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> Cancellable:
@@ -34,5 +37,20 @@ class Cancellable:
     def cancel(self) -> None:
         """End the block, from any thread; harmless before and after it."""
         with self._lock:
+            self._asked = True
             if self._thread is not None:
                 _raise_in(self._thread, self._kind)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the block, for what the thread does meanwhile: that is not ended. If somebody asked for it, the block
+        ends after it."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._thread = thread
+            if self._asked:
+                raise self._kind

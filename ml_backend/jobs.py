@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ from worker.contract import (
     TrainJob,
     TrainResult,
 )
+from worker.preemption import NotQuickError, letting_through
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +172,10 @@ def too_late(deadline_s: float) -> JobFailed:
 
 @dataclass(order=True)
 class _Task:
-    """One call of a job function, ordered by its queue, then by age."""
+    """One call of a job function, ordered by its queue, then by age; clicks that are known to take long come last."""
 
     priority: int
+    long: bool
     number: int
     function: str = field(compare=False)
     argument: dict[str, Any] = field(compare=False)
@@ -187,15 +189,17 @@ class _Task:
 
 
 _PRIORITY = {name: number for number, name in enumerate(Queue)}
-#: From this priority on tasks are long, and let others through.
+_CLICK = _PRIORITY[Queue.INTERACTIVE]
+#: From this priority on tasks are long, and let all others through.
 _LONG = _PRIORITY[Queue.BATCH]
 
 
 class InProcessRunner:
     """Runs the job functions of `worker.tasks` on one thread of this process, clicks before images to encode ahead.
 
-    One thread, because the model is one: a click waits for at most one image that is encoded ahead, and only for one
-    layer of an image of a batch. Imports the worker when the first job comes, so the web process starts without torch.
+    One thread, because the model is one. A click waits for at most one layer of whatever is encoded: of a batch, ahead,
+    or for another click; one that has to encode something itself waits for those before it that do.
+    Imports the worker when the first job comes, so the web process starts without torch.
     """
 
     def __init__(self, options: RuntimeOptions, *, max_waiting: int = 64) -> None:
@@ -324,7 +328,7 @@ class InProcessRunner:
         self._tasks.put(self._task(Queue.INTERACTIVE, "", {}, ""))
 
     def _task(self, name: Queue, function: str, argument: dict[str, Any], key: str) -> _Task:
-        return _Task(_PRIORITY[name], next(self._numbers), function, argument, key)
+        return _Task(_PRIORITY[name], False, next(self._numbers), function, argument, key)
 
     @staticmethod
     def _drop(task: _Task, error: JobFailed) -> None:
@@ -345,8 +349,13 @@ class InProcessRunner:
         name = list(Queue)[task.priority]
         logs.bind(fresh=True, job=task.key, request=task.argument.get("request"), session=task.argument.get("session"))
         try:
-            with self._letting_through(task.priority) if task.priority >= _LONG else self._cancellable(task):
+            with self._letting_through(task), nullcontext() if task.priority >= _LONG else self._cancellable(task):
                 task.answer = self._call(task.function, task.argument)
+        except NotQuickError:
+            self._wait_for_turn(task)
+            with self._lock:
+                self._running = outer
+            return
         except JobTimeoutException:
             log.warning("%s was ended: its time was up", task.function)
             self._counts.count(name, "failed", "Its time was up.")
@@ -373,18 +382,36 @@ class InProcessRunner:
             finally:
                 task.running = None
 
-    def _letting_through(self, priority: int) -> Any:
-        """For the time of a long task: what is more urgent is done in the middle of it, when it asks."""
+    def _wait_for_turn(self, task: _Task) -> None:
+        """Put back a click that was let through and has to encode, unless it is not wanted any more."""
+        task.long = True
+        with self._lock:
+            if self._closed or task.dropped:
+                return
+            if task.key in self._waiting:
+                self._drop(task, superseded())
+                return
+            self._waiting[task.key] = task
+        self._tasks.put(task)
+
+    def _letting_through(self, task: _Task) -> Any:
+        """For the time of a task: what is more urgent is done in the middle of it, when it asks."""
+
+        def is_more_urgent(other: _Task) -> bool:
+            if task.priority >= _LONG:
+                return other.priority < _LONG
+            return other.priority == _CLICK and not other.long
 
         def do_what_is_urgent() -> None:
             while not self._closed:
                 with self._tasks.mutex:
                     waiting = self._tasks.queue
-                    if not waiting or waiting[0].priority >= min(priority, _LONG):
+                    if not waiting or not is_more_urgent(waiting[0]):
                         return
-                self._run(self._tasks.get())  # this thread alone takes tasks: it is the one that was seen, or better
+                with task.running.set_aside() if task.running else nullcontext():
+                    self._run(self._tasks.get())  # this thread alone takes tasks: it is the one seen, or better
 
-        return importlib.import_module("worker.preemption").letting_through(do_what_is_urgent)
+        return letting_through(do_what_is_urgent, quick=task.priority < _LONG)
 
     def _call(self, function: str, argument: dict[str, Any]) -> Any:
         if function not in contract.JOB_FUNCTIONS:

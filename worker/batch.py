@@ -36,7 +36,7 @@ from worker.embeddings import Embedding, encode_resized, resize
 from worker.frame import Window
 from worker.images import decode_image, fetch
 from worker.objects import decide, regions
-from worker.preemption import ASK_EVERY_S, give_way, give_way_within, work_beside
+from worker.preemption import ASK_EVERY_S, give_way, work_beside
 from worker.runtime import Runtime
 from worker.tasks import answer, failure
 from worker.zoom import Look, looker
@@ -82,7 +82,6 @@ def run(items: Iterable[PrelabelItem], options: PrelabelOptions, current: Runtim
     its `PrelabelFailure`.
     """
     backbone, _ = current.backbone, current.proposer
-    give_way_within(backbone.encoder)
     lanes = _lanes(backbone)
     threads = 1 if lanes else max(1, torch.get_num_threads() // 2)
     behind = max(FINISH_BEHIND, 2 * lanes)

@@ -27,7 +27,7 @@ from worker.embedding_folder import EmbeddingFolder
 from worker.frame import Window
 from worker.mirror import mirrored_pixels
 from worker.precision import running_in
-from worker.preemption import until_computed
+from worker.preemption import before_long_work, until_computed
 
 log = logging.getLogger(__name__)
 
@@ -208,10 +208,12 @@ class EmbeddingCache:
                 self._folder.put(key, data)
 
     def get_or_encode(self, key: str, device: torch.device, compute: Callable[[], Embedding]) -> Embedding:
-        """The embedding, computed by `compute` if nobody has it; concurrent callers for one key share one call."""
+        """The embedding, computed by `compute` if nobody has it; concurrent callers for one key share one call. Raises
+        NotQuickError where it is not in memory and only quick work is let through."""
         embedding = self._memory.get(key)
         if embedding is not None:
             return embedding
+        before_long_work()
         with self._flight(key):
             embedding = self.get(key, device) or self._wait_for_other_process(key, device)
             if embedding is None:
@@ -227,6 +229,10 @@ class EmbeddingCache:
         """The embedding of a part of the image under `key`, as `get_or_encode`, but in this process's memory alone: it
         is of use for one object. None where `compute` finds that it cannot be had."""
         part = f"{key}@{window.x0},{window.y0},{window.x1},{window.y1}"
+        embedding = self._memory.get(part)
+        if embedding is not None:
+            return embedding
+        before_long_work()
         with self._flight(part):
             embedding = self._memory.get(part)
             if embedding is None:

@@ -5,6 +5,9 @@ so whoever runs a batch job says what to do about clicks (`letting_through`), an
 two layers of the encoder, and while it waits. The click is answered there and then, on the same thread; other threads
 of the job `stand_by`. A GPU has the layers of the whole image queued by then: there the click's kernels have a stream
 of their own, and go before.
+
+A click that has to encode lets other clicks through as well, but only quick ones: what would encode too waits for its
+turn (`before_long_work`), or else the last one to come would be served first.
 """
 
 from __future__ import annotations
@@ -34,6 +37,12 @@ LOOK_EVERY_S = 0.0002
 STAND_BY_LIMIT_S = 60.0
 
 _local = threading.local()
+
+
+class NotQuickError(Exception):
+    """What was let through as quick takes long, and has to wait for its turn. Nothing of it is done yet."""
+
+
 #: Set while nobody is being let through.
 _free = threading.Event()
 _free.set()
@@ -44,14 +53,22 @@ _device: torch.device | None = None
 
 
 @contextmanager
-def letting_through(answer_waiting: Callable[[], None]) -> Iterator[None]:
-    """In this block, on this thread, `give_way` calls `answer_waiting`, which does what is more urgent, if anything."""
-    outer = getattr(_local, "answer", None)
-    _local.answer, _local.asked = answer_waiting, 0.0
+def letting_through(answer_waiting: Callable[[], None], *, quick: bool = False) -> Iterator[None]:
+    """In this block, on this thread, `give_way` calls `answer_waiting`, which does what is more urgent, if anything;
+    with `quick` nothing of that may take long."""
+    outer = getattr(_local, "answer", None), getattr(_local, "quick_alone", False)
+    _local.answer, _local.quick_alone, _local.asked = answer_waiting, quick, 0.0
     try:
         yield
     finally:
-        _local.answer = outer
+        _local.answer, _local.quick_alone = outer
+
+
+def before_long_work() -> None:
+    """To be called before anything that takes long, with no lock held. Raises NotQuickError in what was let through as
+    quick."""
+    if getattr(_local, "quick", False):
+        raise NotQuickError
 
 
 def give_way() -> None:
@@ -59,14 +76,16 @@ def give_way() -> None:
     answer = getattr(_local, "answer", None)
     if answer is None or time.monotonic() - _local.asked < ASK_EVERY_S:
         return
-    _local.answer = None
+    outer, was_free = getattr(_local, "quick", False), _free.is_set()
+    _local.answer, _local.quick = None, _local.quick_alone
     _free.clear()
     try:
         with _torch_as_outside():
             answer()
     finally:
-        _free.set()
-        _local.answer, _local.asked = answer, time.monotonic()
+        if was_free:
+            _free.set()
+        _local.answer, _local.quick, _local.asked = answer, outer, time.monotonic()
 
 
 def stand_by() -> None:

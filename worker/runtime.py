@@ -20,6 +20,7 @@ from worker.decode import LogitsCache, decode
 from worker.embedding_folder import EmbeddingFolder
 from worker.embeddings import EmbeddingCache, encode
 from worker.head.registry import HeadRegistry
+from worker.preemption import give_way_within
 from worker.proposer import Proposer
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Runtime:
     @cached_property
     def _backbone(self) -> Backbone:
         options = self.options
-        return build(
+        made = build(
             options.backbone,
             checkpoint=options.checkpoint,
             device=options.device,
@@ -114,6 +115,8 @@ class Runtime:
             precision=options.precision,
             zoom=options.zoom,
         )
+        give_way_within(made.encoder)
+        return made
 
     def _proposer(self, head: str, stamp: int) -> Proposer:
         """A proposer, kept: it holds a few kilobytes."""

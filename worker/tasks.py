@@ -38,6 +38,7 @@ from worker.frame import Window
 from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch
 from worker.masks import to_mask
+from worker.preemption import NotQuickError, before_long_work
 from worker.runtime import NotConfiguredError, Runtime, runtime
 from worker.zoom import shrunk
 
@@ -87,7 +88,7 @@ def answer(kind: type[J], job: dict[str, Any], do: Callable[[J, Runtime], Messag
     """What `do` says to a job of this kind, as JSON; a `Failure` for what goes wrong."""
     try:
         return _with_memory(do, kind.model_validate(job), runtime()).model_dump(mode="json")
-    except BaseTimeoutException:
+    except (BaseTimeoutException, NotQuickError):
         raise  # the worker's own: it must see it
     except Exception as error:
         return failure(error).model_dump(mode="json")
@@ -207,6 +208,7 @@ def _embedding(image: ImageRef, current: Runtime, timings: Timings) -> tuple[Emb
             embedding = cache.get(known, backbone.device) if known else None
         if known is not None and embedding is not None:
             return embedding, known
+        before_long_work()
     with timings.stage("fetch"):
         data = fetch(image, current.options)
     key = cache.key(data, backbone)

@@ -30,6 +30,23 @@ def test_before_and_after_it_nothing_happens() -> None:
     time.sleep(0.01)
 
 
+def test_what_is_done_meanwhile_is_not_ended_but_the_block_is_after_it() -> None:
+    block, done = Cancellable(StopIt), []
+    with pytest.raises(StopIt), block:
+        with block.set_aside():
+            thread = threading.Thread(target=block.cancel)
+            thread.start()
+            thread.join()
+            for _ in range(10):
+                time.sleep(0.001)
+            done.append(1)
+        done.append(2)
+    assert done == [1]
+    with Cancellable(StopIt) as other, other.set_aside():
+        done.append(3)
+    assert done == [1, 3]
+
+
 def test_what_comes_at_the_very_end_does_not_leak_out() -> None:
     """Cancelled as often as possible at the moment of leaving: raised inside of the block, or not at all."""
     ended = 0

@@ -15,6 +15,7 @@ import pytest
 from ml_backend import jobs
 from ml_backend.jobs import InProcessRunner, JobFailed, make_runner
 from ml_backend.settings import Settings
+from worker import preemption
 from worker.contract import Click, EmbedJob, ImageRef, Prompts, RuntimeOptions, SegmentJob
 
 
@@ -167,6 +168,87 @@ def test_clicks_go_before_images_which_are_encoded_once(
         assert runner.segment(click("click"), deadline_s=20).area == 7
     until(lambda: len(order) == 4)
     assert order == ["sleep:0.3", "click", "one", "two"]
+
+
+@pytest.fixture
+def log(functions: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened, in order. Session `encode:0.5:a` encodes for so long as a real one does, in layers."""
+    events: list[str] = []
+    monkeypatch.setattr(preemption, "ASK_EVERY_S", -1.0)
+
+    def segment(job: dict[str, Any]) -> Any:
+        verb, _, rest = job["session"].partition(":")
+        if verb == "encode":
+            seconds, _, name = rest.partition(":")
+            events.append(f"{name} comes")
+            preemption.before_long_work()
+            end = time.monotonic() + float(seconds)
+            try:
+                while time.monotonic() < end:
+                    preemption.give_way()
+                    time.sleep(0.01)
+            except BaseException:
+                events.append(f"{name} is ended")
+                raise
+            events.append(f"{name} is encoded")
+        else:
+            events.append(job["session"])
+        return functions.segment({**job, "session": "answer"})
+
+    monkeypatch.setattr(sys.modules["worker.tasks"], "segment", segment)
+    return events
+
+
+def test_quick_clicks_go_through_one_that_encodes_and_others_wait_for_their_turn(
+    runner: InProcessRunner, log: list[str]
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(runner.segment, click("encode:0.5:first", 1), deadline_s=20)
+        until(lambda: log == ["first comes"])
+        second = pool.submit(runner.segment, click("encode:0.1:second", 2), deadline_s=20)
+        until(lambda: log[-1] == "second comes")
+        assert runner.segment(click("quick", 3), deadline_s=20).area == 3
+        assert (first.done(), second.done()) == (False, False)
+        assert (runner.status()["queues"]["interactive"], len(runner.status()["running"])) == (1, 1)
+        assert (first.result().area, second.result().area) == (1, 2)
+    assert log == ["first comes", "second comes", "quick", "first is encoded", "second comes", "second is encoded"]
+
+
+def test_a_click_that_waits_for_its_turn_is_dropped_for_a_later_one(runner: InProcessRunner, log: list[str]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(runner.segment, click("encode:0.3:first", 1), deadline_s=20)
+        until(lambda: log == ["first comes"])
+        older = pool.submit(runner.segment, click("encode:0.1:same", 2), deadline_s=20)
+        until(lambda: log[-1] == "same comes")
+        newer = pool.submit(runner.segment, click("encode:0.1:same", 3), deadline_s=20)
+        assert refusal(older.result).status == 409
+        assert (first.result().area, newer.result().area) == (1, 3)
+
+
+def test_a_late_click_is_ended_and_not_the_one_in_the_middle_of_it(
+    runner: InProcessRunner, log: list[str], functions: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, tasks = threading.Event(), sys.modules["worker.tasks"]
+    segment = tasks.segment  # type: ignore[attr-defined]
+
+    def slowly(job: dict[str, Any]) -> Any:
+        if job["session"] == "slow":
+            slow.set()
+            end = time.monotonic() + 0.6
+            while time.monotonic() < end:
+                time.sleep(0.01)
+        return segment(job)
+
+    monkeypatch.setattr(tasks, "segment", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        late = pool.submit(runner.segment, click("encode:20:late", 1), deadline_s=0.4)
+        until(lambda: log == ["late comes"])
+        other = pool.submit(runner.segment, click("slow", 2), deadline_s=20)
+        assert slow.wait(10)
+        assert refusal(late.result).status == 504
+        assert other.result().area == 2
+        assert runner.segment(click("next", 3), deadline_s=5).area == 3
+    assert log == ["late comes", "slow", "late is ended", "next"]
 
 
 def test_embed_never_raises(runner: InProcessRunner, monkeypatch: pytest.MonkeyPatch) -> None:

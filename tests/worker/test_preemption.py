@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from worker import preemption
-from worker.preemption import give_way, give_way_within, letting_through, stand_by, until_computed
+from worker.preemption import (
+    NotQuickError,
+    before_long_work,
+    give_way,
+    give_way_within,
+    letting_through,
+    stand_by,
+    until_computed,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +44,42 @@ def test_only_inside_and_not_within_what_goes_first() -> None:
         other.join()
     give_way()
     assert calls == [1, 1]
+
+
+def test_what_goes_first_may_have_to_be_quick() -> None:
+    found = []
+
+    def outer() -> None:
+        before_long_work()  # within a batch anything goes
+        with letting_through(inner, quick=True):
+            give_way()
+            before_long_work()
+        found.append("outer")
+
+    def inner() -> None:
+        found.append("inner")
+        with pytest.raises(NotQuickError):
+            before_long_work()
+
+    before_long_work()
+    with letting_through(outer):
+        give_way()
+        before_long_work()
+    assert found == ["inner", "outer"]
+
+
+def test_what_works_beside_stands_by_until_the_outermost_is_done() -> None:
+    free = []
+
+    def inside() -> None:
+        with letting_through(lambda: None, quick=True):
+            give_way()
+        free.append(preemption._free.is_set())
+
+    with letting_through(inside):
+        give_way()
+    assert free == [False]
+    assert preemption._free.is_set()
 
 
 def test_a_fault_of_what_goes_first_changes_nothing_afterwards() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from worker import brush_rle, runtime, tasks
+from worker import brush_rle, preemption, runtime, tasks
 from worker.contract import RuntimeOptions, SegmentResult
 
 torch.set_num_threads(2)
@@ -227,3 +227,23 @@ def test_an_image_that_is_gone_is_answered_as_a_whole(
 def test_warm_up_loads_everything() -> None:
     runtime.warm_up()
     assert runtime.runtime().proposer.model_version.startswith("tiny-")
+
+
+def test_what_has_to_be_encoded_is_not_quick(picture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "ASK_EVERY_S", -1.0)
+    found: list[dict[str, Any] | None] = []
+
+    def attempt() -> None:
+        try:
+            found.append(tasks.segment(_job(picture, *CLICKS)))
+        except preemption.NotQuickError:
+            found.append(None)
+
+    with preemption.letting_through(attempt, quick=True):
+        preemption.give_way()
+    assert found == [None]
+    expected = tasks.segment(_job(picture, *CLICKS))
+    with preemption.letting_through(attempt, quick=True):
+        preemption.give_way()
+    assert found[1] is not None
+    assert found[1]["rle"] == expected["rle"]
