@@ -1,9 +1,9 @@
 """Learn a head from the masks of a project: the job behind START_TRAINING and `bald-sam train --project`.
 
-Tasks are split by a hash of their number, so that a task that is held out once is held out always. A new head and the
-one in use play full sessions there, with the exact simulated user and the strategy of the settings. After that the new
-one learns from the held-out tasks as well; what it was before is kept with it (`Head.as_judged`), so that its successor
-is compared with a head that has not seen those tasks either.
+A head learns from all masks, and is judged on all of them, up to a number: tasks are divided into folds by a hash of
+their number, once and for all, and on each fold plays what was learnt from the others, in full sessions with the exact
+simulated user and the strategy of the settings. These are kept with the head (`Head.unseen`), so that its successor is
+compared with what has not seen those tasks either.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ log = logging.getLogger(__name__)
 Mask = NDArray[np.bool_]
 Report = Callable[[str, int, int], None]
 
-#: Share of the tasks that is held out; least numbers of images to learn from and to judge on.
-HELD_OUT = 0.25
-LEAST_TRAINED = 5
-LEAST_HELD_OUT = 3
+#: What tasks are divided into; and the least number of images to learn from.
+FOLDS = 4
+LEAST_IMAGES = 8
 #: Objects that are played: more make the answer surer and the training longer.
-MOST_HELD_OUT = 60
+MOST_JUDGED = 60
 MOST_CALIBRATED = 24
 #: States of one session that are learnt from.
 STATES = 6
@@ -66,14 +65,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> TrainResult:
-    """Fit a head, calibrate it, judge it on the tasks held out, fit it to all, keep it, and use it if it is better.
+    """Fit a head, calibrate it, judge it on tasks held out in turn, keep it, and use it if it is better.
 
     `report(stage, done, total)`: called as it goes on; without it, progress goes to Redis and the log. Clicks are let
     through all the while. Raises JobError when there is too little to learn from.
     """
     began = time.monotonic()
     report = report or _Reporter(job.project, current)
-    learnt, held_out = split(job)
+    fold_of = folds(job)
     backbone, before = current.backbone, current.proposer_of(job.project)
     skipped: dict[str, str] = {}
 
@@ -82,30 +81,34 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
             yield one.name, _PatientSession(backbone, before, one.embedding, _NO_IMAGE, one.truth, None, one.look)
             report(stage, done, len(objects))
 
-    everything, options = [*learnt, *held_out], SessionOptions(clicks=STATES, seed=job.seed)
-    reading = _reported(_read(everything, current, skipped), lambda done: report("learning", done, len(everything)))
+    options = SessionOptions(clicks=STATES, seed=job.seed)
+    reading = _reported(_read(job.objects, current, skipped), lambda done: report("learning", done, len(job.objects)))
     pixels = collect(backbone, reading, options)
-    apart = {_name(one) for one in held_out}
-    seen = pixels.where(torch.tensor([pixels.names[number] not in apart for number in pixels.objects.tolist()]))
     # Not the project's own: it was learnt from some of these masks, and they would count twice.
     start = current.proposer.head
-    notes = {**job.notes, "project": job.project, "tasks": len({_image(one) for one in everything})}
-    head = fit_head(backbone, seen, options, FitOptions(), start=start, notes=notes)
-    few = _spread(learnt, MOST_CALIBRATED)
+    image_of = {_name(one): _image(one) for one in job.objects}
+    notes = {**job.notes, "project": job.project, "tasks": len(set(image_of.values()))}
+    head = fit_head(backbone, pixels, options, FitOptions(), start=start, notes=notes)
+    few = _spread(job.objects, MOST_CALIBRATED)
     head, _ = calibrated(backbone, head, partial(sessions, few), clicks=job.clicks, seed=job.seed)
-    judged = list(judge([before.head.as_judged, head], sessions(held_out, "judging"), clicks=job.clicks))
+    # What was chosen with all masks, how much the start counts and when to stop, is a few numbers: it stays.
+    fit = FitOptions(**head.notes["fit"])
+    fold = torch.tensor([fold_of[pixels.names[number]] for number in pixels.objects.tolist()])
+    parts = [pixels.where(fold != one) for one in range(FOLDS)]
+    fitted = [fit_head(backbone, part, options, fit, start=start) if len(part.objects) else start for part in parts]
+    head = replace(head, unseen_by=tuple(one.posterior for one in fitted))
+    judging = sessions(_spread(job.objects, MOST_JUDGED), "judging")
+    pairs = [(before.head.unseen(one), head.unseen(one)) for one in range(FOLDS)]
+    judged = list(judge(lambda name: pairs[fold_of[name]], judging, clicks=job.clicks))
     if not judged:
-        raise JobError("None of the images held out can be read.", _first(skipped), 422)
-    images = {_name(one): _image(one) for one in held_out}
-    gain, error = compare([(images[name], new - old) for name, (old, new) in judged])
+        raise JobError("None of the images can be read.", _first(skipped), 422)
+    gain, error = compare([(image_of[name], new - old) for name, (old, new) in judged])
     auc_before, auc = (float(np.mean([aucs[which] for _, aucs in judged])) for which in (0, 1))
     figures = {"auc": auc, "auc_before": auc_before, "before": before.head.id, "gain": gain, "error": error}
     name = current.heads.new_name(f"project-{job.project}")
-    held = {"objects": len(judged), "images": len(set(images.values())), **figures}
-    whole = fit_head(backbone, pixels, options, FitOptions(**head.notes["fit"]), start=start)
-    notes = {**head.notes, **{key: whole.notes[key] for key in ("objects", "states")}, "held_out": held}
-    kept = replace(head, posterior=whole.posterior, judged=head.posterior, notes=notes)
-    save_head(kept, current.heads.folder / name / "head.safetensors")
+    images = len({image_of[name] for name, _ in judged})
+    held = {"objects": len(judged), "images": images, **figures}
+    save_head(replace(head, notes={**head.notes, "held_out": held}), current.heads.folder / name / "head.safetensors")
     current.heads.publish(name)
     used, reason = decide(gain, error, current.heads.in_use(fresh=True).of(job.project), force=job.force)
     if used:
@@ -117,43 +120,38 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
         used=used,
         reason=reason,
         objects=int(head.notes["objects"]),
-        logged=sum(bool(one.states) for one in learnt),
+        logged=sum(bool(one.states) for one in job.objects),
         held_out=len(judged),
-        images_held_out=len(set(images.values())),
+        images_held_out=images,
         skipped=skipped,
         seconds=round(time.monotonic() - began, 1),
         **figures,
     )
 
 
-def split(job: TrainJob) -> tuple[list[LabelledObject], list[LabelledObject]]:
-    """(to learn from, held out), at most `MOST_HELD_OUT` of the latter. Raises JobError if there are too few images."""
-
-    def place(image: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{job.project}:{image}".encode()).digest()[:8], "big") / 2**64
-
-    images = sorted({_image(one) for one in job.objects}, key=place)
-    if len(images) < LEAST_TRAINED + LEAST_HELD_OUT:
+def folds(job: TrainJob) -> dict[str, int]:
+    """The fold, 0 to `FOLDS` - 1, of each object by name. Raises JobError if there are too few images."""
+    count = len({_image(one) for one in job.objects})
+    if count < LEAST_IMAGES:
         raise JobError(
-            f"Project {job.project} has masks on {len(images)} images; learning needs at least "
-            f"{LEAST_TRAINED + LEAST_HELD_OUT}.",
+            f"Project {job.project} has masks on {count} images; learning needs at least {LEAST_IMAGES}.",
             "Annotate and submit more; about 50 make a difference.",
             422,
         )
-    count = sum(place(image) < HELD_OUT for image in images)
-    apart = set(images[: min(max(count, LEAST_HELD_OUT), len(images) - LEAST_TRAINED)])
-    learnt = [one for one in job.objects if _image(one) not in apart]
-    held_out = [one for one in job.objects if _image(one) in apart]
-    return learnt, _spread(held_out, MOST_HELD_OUT)
+
+    def place(image: str) -> int:
+        return hashlib.sha256(f"{job.project}:{image}".encode()).digest()[0] * FOLDS // 256
+
+    return {_name(one): place(_image(one)) for one in job.objects}
 
 
 def judge(
-    heads: Sequence[Head], sessions: Iterable[tuple[str, Session]], *, clicks: int
+    heads: Callable[[str], Sequence[Head]], sessions: Iterable[tuple[str, Session]], *, clicks: int
 ) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """For each session its name, and the AUC (IoU over clicks, 0 to 1) that each head reaches from the same start."""
+    """For each session its name, and the AUC (IoU over clicks, 0 to 1) that each head for it reaches from one start."""
     for name, session in sessions:
         aucs = []
-        for head in heads:
+        for head in heads(name):
             mine = replace(session, proposer=with_head(session.proposer, head))
             rows = mine.play(session.proposer.strategy.name, 0, clicks)
             aucs.append(metrics.auc(np.array([row["iou"] for row in rows], dtype=float)))
@@ -173,7 +171,7 @@ def compare(gains: Sequence[tuple[str, float]]) -> tuple[float, float]:
 
 def decide(gain: float, error: float, choice: HeadChoice, *, force: bool) -> tuple[bool, str]:
     """Whether a new head is used, and why in words. Better means: by more than the standard error of the difference."""
-    figures = f"AUC on the tasks held out: {gain:+.4f} ± {error:.4f} against the head in use"
+    figures = f"AUC on tasks that neither has seen: {gain:+.4f} ± {error:.4f} against the head in use"
     if force:
         return True, f"it is used because that was asked for. {figures}."
     if choice.pinned:

@@ -48,7 +48,7 @@ def heads() -> None:
 @REDIS
 @click.option("--json", "as_json", is_flag=True)
 def heads_list(project: int | None, redis_url: str | None, as_json: bool) -> None:
-    """Heads, oldest first, with what they reached on the tasks held out; then which one each project uses."""
+    """Heads, oldest first, with what they reached on tasks held out; then which one each project uses."""
     registry = open_registry(redis_url)
     in_use = registry.in_use(fresh=True)
     rows = [_row(registry, name, in_use.choices) for name in registry.names()]

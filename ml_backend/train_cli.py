@@ -24,7 +24,7 @@ STAGES = {
     "learning": "Learning",
     "reach": "Trying how far a click speaks",
     "calibrating": "Calibrating",
-    "judging": "Judging on the tasks held out",
+    "judging": "Judging on tasks held out in turn",
 }
 
 
@@ -68,7 +68,8 @@ def train(
     """Fit a head and its posterior to click sessions on known masks.
 
     With --project: to the masks submitted in a project and the clicks that made them. The head is judged on tasks held
-    out, and the project uses it from the next click on if it is better. With --data: to simulated sessions on folders.
+    out in turn, and the project uses it from the next click on if it is better. With --data: to simulated sessions on
+    folders.
     """
     settings = load_settings(redis_url=redis_url, backbone=backbone, checkpoint=checkpoint, device=device)
     if (project is None) == (not folders):
@@ -184,9 +185,9 @@ def _shown(console: Console) -> Iterator[Any]:
 def _told(result: TrainResult) -> str:
     return (
         f"{result.head}: {result.reason[0].upper()}{result.reason[1:]}\n"
-        f"Held out: {result.held_out} objects on {result.images_held_out} images. AUC {result.auc_before:.4f} with "
-        f"{result.before}, {result.auc:.4f} with the new head. {result.objects} objects learnt from, {result.logged} "
-        f"with logged clicks, in {result.seconds:.0f} s."
+        f"Held out in turn: {result.held_out} objects on {result.images_held_out} images. AUC {result.auc_before:.4f} "
+        f"with {result.before}, {result.auc:.4f} with the new head. {result.objects} objects learnt from, "
+        f"{result.logged} with logged clicks, in {result.seconds:.0f} s."
     )
 
 

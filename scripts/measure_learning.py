@@ -1,9 +1,9 @@
 """What learning from a few annotated images brings on other images of the same kind; see docs/results/learning.md.
 
 `python scripts/measure_learning.py --data DIR`: the images of the folder are split in halves. The masks of 50 images of
-the first half are learnt from, exactly as `bald-sam train --project` does it (a quarter of them is held out there to
-decide). Then the shipped head, none (SAM's own mask) and the new head play full sessions with the exact simulated user
-on objects of the second half, or of another folder with `--other DIR`.
+the first half are learnt from, exactly as `bald-sam train --project` does it (which holds out a quarter of them in
+turn, to decide). Then the shipped head, none (SAM's own mask) and the new head play full sessions with the exact
+simulated user on objects of the second half, or of another folder with `--other DIR`.
 """
 
 from __future__ import annotations

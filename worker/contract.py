@@ -291,7 +291,7 @@ class LabelledObject(Message):
 
 
 class TrainJob(Message):
-    """Learn a head for `project` from `objects` (those of one task share its image), judge it on the tasks held out.
+    """Learn a head for `project` from `objects` (those of one task share its image), judged on tasks held out in turn.
 
     `force`: use the new head even where it is not better, or another one is pinned. `notes`: kept with the head.
     """
@@ -305,10 +305,11 @@ class TrainJob(Message):
 
 
 class TrainResult(Message):
-    """A head that was trained, and what the held-out tasks say. `auc`: mean area under IoU over clicks, 0 to 1.
+    """A head that was trained, and what tasks held out in turn say. `auc`: mean area under IoU over clicks, 0 to 1.
 
     `used`: whether the project uses `head` from now on; `reason` says why, or why not, in words. `gain` is the mean
     paired difference of AUC to `before` (the head in use until now), `error` its standard error over images.
+    `objects`: learnt from; `held_out` of them, on `images_held_out`, were played by what had not seen their task.
     """
 
     kind: Literal["train"] = "train"

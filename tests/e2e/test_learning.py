@@ -70,7 +70,7 @@ def test_the_button_trains_and_the_version_follows(studio: Studio, backend: Back
     assert record()["state"] == "done", record()
     result = record()["result"]
     assert result["head"] == f"project-{project}-v1"
-    assert result["objects"] + result["held_out"] == IMAGES and not result["skipped"]
+    assert result["objects"] == result["held_out"] == IMAGES and not result["skipped"]
 
     redis = ["--redis-url", backend.redis_url] if backend.redis_url else []
     used = subprocess.run(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from evaluation import learning
-from evaluation.learning import compare, decide, learn, split
+from evaluation.learning import FOLDS, compare, decide, folds, learn
 from worker import brush_rle, runtime
 from worker.contract import (
     Box,
@@ -27,10 +27,12 @@ from worker.contract import (
     TrainJob,
     TrainResult,
 )
+from worker.head.fit import Pixels
 from worker.head.store import Head, load_head
 from worker.preemption import letting_through
 from worker.runtime import Runtime
 from worker.tasks import JobError, segment
+from worker.training import fit_head
 
 IMAGES = 9
 
@@ -104,7 +106,7 @@ def test_a_project_learns_and_running_workers_take_it_up(tmp_path: Path, picture
     assert answered == [before["model_version"]] * 3
     assert (result.head, result.used, result.logged) == ("project-3-v1", True, 1 if result.logged else 0)
     assert "gone.png" in next(iter(result.skipped))
-    assert result.images_held_out >= 3 and result.objects + result.held_out == IMAGES
+    assert result.images_held_out == result.objects == result.held_out == IMAGES
     # The same object, the next click: the project's own head; others keep theirs.
     assert "/project-3-v1-" in click(3)["model_version"]
     assert click(4)["model_version"] == before["model_version"]
@@ -131,24 +133,36 @@ def test_a_head_learns_from_all_masks_and_its_successor_is_compared_with_what_it
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     current = Runtime(options(tmp_path, pictures))
-    compared: list[list[Head]] = []
+    compared: list[dict[str, Sequence[Head]]] = []
+    fitted_to: list[set[str]] = []
 
-    def judge(heads: list[Head], sessions: Any, **_: Any) -> list[tuple[str, tuple[float, float]]]:
-        compared.append(list(heads))
-        return [(name, (0.5, 0.6)) for name, _ in sessions]
+    def fit(backbone: Any, pixels: Pixels, *rest: Any, **more: Any) -> Head:
+        fitted_to.append({pixels.names[number] for number in pixels.objects.tolist()})
+        return fit_head(backbone, pixels, *rest, **more)
+
+    def judge(heads: Callable[[str], Sequence[Head]], sessions: Any, **_: Any) -> list[tuple[str, tuple[float, float]]]:
+        compared.append({name: heads(name) for name, _ in sessions})
+        return [(name, (0.5, 0.6)) for name in compared[-1]]
 
     monkeypatch.setattr(learning, "judge", judge)
+    monkeypatch.setattr(learning, "fit_head", fit)
+    fold_of = folds(job(pictures))
+    assert len(set(fold_of.values())) > 2
+    in_use = current.proposer_of(3).head.id
     first = learn(job(pictures), current)
-    path = current.heads.path(first.head)
-    kept = load_head(path)
-    assert kept.judged is not None and kept.notes["objects"] == IMAGES == first.objects + first.held_out
-    assert torch.equal(kept.judged.mean, compared[0][1].posterior.mean)
-    assert not torch.equal(kept.posterior.mean, kept.judged.mean)
+    kept = load_head(current.heads.path(first.head))
+    assert fitted_to == [set(fold_of), *({name for name in fold_of if fold_of[name] != one} for one in range(FOLDS))]
+    assert len(kept.unseen_by) == FOLDS and kept.notes["objects"] == IMAGES == first.objects
+    for name, (before, new) in compared[0].items():
+        assert torch.equal(new.posterior.mean, kept.unseen_by[fold_of[name]].mean)
+        assert not torch.equal(new.posterior.mean, kept.posterior.mean)
+        assert before.id == in_use and not before.unseen_by
     assert torch.equal(current.proposer_of(3).head.posterior.mean, kept.posterior.mean)
-    # The one in use is judged as it was before it had seen the tasks that both are judged on.
+    # The one in use is judged by what had not seen the task either.
     learn(job(pictures, seed=1), current)
-    assert torch.equal(compared[1][0].posterior.mean, kept.judged.mean)
-    assert compared[1][0].id == kept.id
+    for name, (before, _) in compared[1].items():
+        assert before.id == kept.id
+        assert torch.equal(before.posterior.mean, kept.unseen_by[fold_of[name]].mean)
 
 
 def test_a_broken_head_in_use_does_not_stop_clicks(tmp_path: Path, pictures: Path) -> None:
@@ -162,24 +176,24 @@ def test_a_broken_head_in_use_does_not_stop_clicks(tmp_path: Path, pictures: Pat
     assert current.proposer_of(3).head.id == shipped
 
 
-def test_the_split_never_changes_for_a_task(pictures: Path) -> None:
-    def held(numbers: range) -> set[int | None]:
-        one = drawn(pictures, 0)
-        objects = [one.model_copy(update={"image": one.image.model_copy(update={"task": n})}) for n in numbers]
-        return {each.image.task for each in split(TrainJob(project=3, objects=tuple(objects)))[1]}
+def test_the_fold_of_a_task_never_changes(pictures: Path) -> None:
+    one = drawn(pictures, 0)
 
-    small, large = held(range(100)), held(range(200))
-    assert small == {n for n in large if n is not None and n < 100}
-    assert 10 <= len(small) <= 40
-    learnt, apart = split(job(pictures))
-    assert not {o.image.task for o in learnt} & {o.image.task for o in apart}
-    assert len(learnt) >= learning.LEAST_TRAINED and len(apart) >= learning.LEAST_HELD_OUT
+    def found(count: int) -> dict[str, int]:
+        objects = [one.model_copy(update={"image": one.image.model_copy(update={"task": n})}) for n in range(count)]
+        objects += [each.model_copy(update={"region": "another"}) for each in objects]
+        return folds(TrainJob(project=3, objects=tuple(objects)))
+
+    small, large = found(100), found(200)
+    assert small.items() <= large.items()
+    assert all(large[name] == large[name.replace("r0", "another")] for name in large)
+    assert all(60 <= list(large.values()).count(fold) <= 140 for fold in range(FOLDS))
 
 
 def test_too_few_images_are_said(tmp_path: Path, pictures: Path) -> None:
     few = TrainJob(project=3, objects=tuple(drawn(pictures, n) for n in range(7)))
     with pytest.raises(JobError, match="masks on 7 images; learning needs at least 8"):
-        split(few)
+        folds(few)
     runtime.configure(options(tmp_path, pictures))
     answer = learning.train(few.model_dump(mode="json"))
     assert answer["kind"] == "failure" and answer["status"] == 422

@@ -31,7 +31,7 @@ class Head:
     `shows`: "sam" when the mask that is returned is SAM's own, "head" when it is the head's.
     `stop`: strategy name -> expected gain (`acquisition.stopping`) under which no click is proposed.
     `reach`: how far a click speaks for places like its own.
-    `judged`: the posterior before it learnt from the objects that it was judged on as well; None where it did not.
+    `unseen_by`: where its objects were divided into folds, for each fold the posterior of all other objects.
     """
 
     id: str
@@ -41,12 +41,11 @@ class Head:
     stop: dict[str, float] = field(default_factory=dict)
     reach: Reach = field(default_factory=Reach)
     notes: dict[str, Any] = field(default_factory=dict)
-    judged: LinearPosterior | None = None
+    unseen_by: tuple[LinearPosterior, ...] = ()
 
-    @property
-    def as_judged(self) -> Head:
-        """The head that has not seen the objects it was judged on, to be compared with another on them."""
-        return self if self.judged is None else replace(self, posterior=self.judged)
+    def unseen(self, fold: int) -> Head:
+        """The head that has not seen the objects of a fold, to be judged on them."""
+        return replace(self, posterior=self.unseen_by[fold]) if self.unseen_by else self
 
 
 def save_head(head: Head, path: Path) -> None:
@@ -61,7 +60,7 @@ def save_head(head: Head, path: Path) -> None:
         "reach": asdict(head.reach),
         "notes": head.notes,
     }
-    kept = {"": head.posterior} | ({} if head.judged is None else {"judged_": head.judged})
+    kept = {"": head.posterior} | {f"fold_{fold}_": one for fold, one in enumerate(head.unseen_by)}
     tensors = {f"{which}mean": one.mean.cpu().contiguous() for which, one in kept.items()}
     tensors |= {f"{which}factor": one.factor.cpu().contiguous() for which, one in kept.items()}
     save_file(tensors, path, {"format": FORMAT})
@@ -78,9 +77,9 @@ def load_head(path: Path) -> Head:
             raise ValueError(f"the format is {description['format']!r}")
         names = tuple(description["features"])
         posterior = LinearPosterior(names, tensors["mean"], tensors["factor"])
-        judged = None
-        if "judged_mean" in tensors:
-            judged = LinearPosterior(names, tensors["judged_mean"], tensors["judged_factor"])
+        unseen_by: list[LinearPosterior] = []
+        while (which := f"fold_{len(unseen_by)}_") + "mean" in tensors:
+            unseen_by.append(LinearPosterior(names, tensors[which + "mean"], tensors[which + "factor"]))
         reach = Reach(**description.get("reach", {}))  # heads of before had the one that is the default
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"The head at {path} cannot be read ({error}). {remedy}") from error
@@ -93,7 +92,7 @@ def load_head(path: Path) -> Head:
         stop=description["stop"],
         reach=reach,
         notes=description["notes"],
-        judged=judged,
+        unseen_by=tuple(unseen_by),
     )
 
 
