@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -23,14 +23,15 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import SimpleWorker
-from rq.exceptions import DequeueTimeout, StopRequested
-from rq.job import Job
+from rq.exceptions import DequeueTimeout, NoSuchJobError, StopRequested
 from rq.serializers import JSONSerializer
+from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
-from worker.contract import JOB_FUNCTIONS, LARGE_MASK, MASK_KEY, Queue, RuntimeOptions, outcome_of
+from worker.contract import JOB_FUNCTIONS, Queue, RuntimeOptions
 from worker.heartbeat import Heartbeat
-from worker.preemption import letting_through
+from worker.preemption import NotQuickError, letting_through
+from worker.rq_job import ModelJob
 
 log = logging.getLogger(__name__)
 _ids: ContextVar[Mapping[str, str]] = ContextVar("ids", default=MappingProxyType({}))
@@ -47,40 +48,8 @@ LONGEST_WAIT_S = 2.0
 LOAD_AGAIN_S = 5.0
 #: Long work, in the middle of which the worker does what comes into the other queues.
 LONG = frozenset({Queue.BATCH, Queue.TRAIN})
-
-
-class ModelJob(Job):
-    """An RQ job without what else Redis may name in one: functions to call when it ends or is found lost by whoever
-    cleans up, and addresses to post to. Ours have neither."""
-
-    success_callback = failure_callback = stopped_callback = None
-
-    #: What became of it, and the words for that; see `contract.JOBS_KEY`.
-    outcome = ("failed", "the function is none that a worker may run")
-
-    def send_webhooks(self, *_: Any, **__: Any) -> None:
-        """Nothing is sent."""
-
-    def perform(self) -> Any:
-        try:
-            answer = super().perform()
-        except BaseException as error:
-            # Its words may hold anything; they are in the log.
-            self.outcome = ("failed", f"{type(error).__name__}; the worker's log has {self.id}.")
-            raise
-        self.outcome = outcome_of(answer)
-        return self._with_mask_beside(answer)
-
-    def _with_mask_beside(self, answer: Any) -> Any:
-        """The answer; a large mask of it is put into Redis by itself, see `contract.MASK_KEY`."""
-        rle = answer.get("rle") if isinstance(answer, dict) else None
-        if not isinstance(rle, str) or len(rle) <= LARGE_MASK or not self.result_ttl:
-            return answer
-        try:
-            self.connection.set(MASK_KEY + self.id, rle, ex=self.result_ttl)
-        except redis.RedisError:
-            return answer
-        return {**answer, "rle": None}
+#: Clicks that wait, of which those are looked for that need no encode.
+MOST_LOOKED_AT = 32
 
 
 class ModelWorker(SimpleWorker):
@@ -95,6 +64,7 @@ class ModelWorker(SimpleWorker):
         self._heartbeat = heartbeat
         self.stop_requested = False
         self._next_rq_beat = 0.0
+        self._not_quick: set[str] = set()
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """RQ's own sign of life is three commands before and after each job: now and then is enough of them."""
@@ -158,7 +128,9 @@ class ModelWorker(SimpleWorker):
         reason = self._refusal(job)
         _ids.set({"job": job.id} if reason is not None else _ids_of(job))
         if reason is None:
-            with letting_through(self._do_what_is_urgent) if job.origin in LONG else nullcontext():
+            self._not_quick.discard(job.id)
+            long = job.origin in LONG
+            with letting_through(self._do_what_is_urgent if long else self._answer_quick_clicks, quick=not long):
                 done: bool = super().perform_job(job, queue, execution)
                 return done
         log.error("job %s refused: %s", job.id, reason)
@@ -194,6 +166,46 @@ class ModelWorker(SimpleWorker):
                 self.set_state(WorkerStatus.BUSY)
         except redis.RedisError as error:
             log.debug("nothing is let through: %s", type(error).__name__)
+
+    def _answer_quick_clicks(self) -> None:
+        """While something is encoded for a click, or ahead: answer the clicks that wait and need no encode. Others go
+        back to their places in the queue, and are answered in turn."""
+        clicks = next((queue for queue in self._ordered_queues if queue.name == Queue.INTERACTIVE), None)
+        try:
+            while clicks is not None:
+                waiting = clicks.get_job_ids(0, MOST_LOOKED_AT)
+                self._not_quick.intersection_update(waiting)
+                place = next((at for at, one in enumerate(waiting) if one not in self._not_quick), None)
+                if place is None:
+                    return
+                if not self.connection.lrem(clicks.key, 1, waiting[place]):
+                    continue  # another worker has it, or nobody wants it any more
+                with self._heartbeat.set_aside(), _alarm_set_aside():
+                    self._attempt(waiting[place], clicks, before=waiting[place - 1] if place else None)
+                self.set_state(WorkerStatus.BUSY)
+        except redis.RedisError as error:
+            log.debug("nothing is let through: %s", type(error).__name__)
+
+    def _attempt(self, job_id: str, queue: Any, before: str | None) -> None:
+        """Do the job if it is quick, else put it back into the queue: behind `before`, if that is still there."""
+        try:
+            job: Any = self.job_class.fetch(job_id, connection=self.connection, serializer=self.serializer)
+        except NoSuchJobError:
+            return
+        job.redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+        if self._refusal(job) is None:
+            _ids.set(_ids_of(job))
+            limit_s = job.timeout if job.timeout and job.timeout > 0 else None
+            self._heartbeat.carry(job_id, limit_s)  # a click of a worker that dies now is not lost
+            try:
+                with self.death_penalty_class(limit_s or DEQUEUE_S, JobTimeoutException, job_id=job_id):
+                    job.attempt()
+            except NotQuickError:
+                self._not_quick.add(job_id)
+                if before is None or self.connection.linsert(queue.key, "AFTER", before, job_id) < 1:
+                    queue.push_job_id(job_id, at_front=True)
+                return
+        self.execute_job(job, queue)
 
     def _refusal(self, job: Any) -> str | None:
         try:

@@ -15,13 +15,22 @@ import types
 from pathlib import Path
 from typing import Any
 
+from worker import preemption
+
 
 def segment(job: dict[str, Any]) -> dict[str, Any]:
-    """Session `sleep:2` sleeps, `hang` cannot be interrupted, `raise` raises, `fail` fails in words, `die` kills the
-    process, `mask:100000` answers with so many bytes of a mask, others just answer."""
+    """Session `sleep:2` sleeps, `encode:2` does so as an encode does, `hang` cannot be interrupted, `raise` raises,
+    `fail` fails in words, `die` kills the process, `mask:100000` answers with so many bytes of a mask, others just
+    answer."""
     verb, _, value = job["session"].partition(":")
     if verb == "sleep":
         time.sleep(float(value))
+    if verb == "encode":
+        preemption.before_long_work()
+        end = time.monotonic() + float(value.partition(":")[0])
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            preemption.give_way()
     if verb == "hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         time.sleep(600)
@@ -55,8 +64,6 @@ def embed(job: dict[str, Any]) -> dict[str, Any]:
 
 def prelabel(job: dict[str, Any]) -> dict[str, Any]:
     """Each item's key says what to do, as a session does; `long:10:...` works 10 s and lets others through."""
-    from worker.preemption import give_way
-
     images = []
     for item in job["items"]:
         verb, _, rest = item["key"].partition(":")
@@ -66,7 +73,7 @@ def prelabel(job: dict[str, Any]) -> dict[str, Any]:
             end = time.monotonic() + float(rest.partition(":")[0])
             while time.monotonic() < end:
                 time.sleep(0.01)
-                give_way()
+                preemption.give_way()
             logging.getLogger(__name__).info("long done")
         if verb == "raise":
             raise RuntimeError("a secret of the worker")

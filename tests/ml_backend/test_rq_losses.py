@@ -44,6 +44,25 @@ def test_kill_in_mid_click_is_answered_by_another_worker(
     assert result.model_version != str(victim)
 
 
+def test_kill_in_the_middle_of_a_click_within_another_loses_neither(redis_runner: RqRunner, workers: Workers) -> None:
+    workers.start()
+    ready(redis_runner, 1)
+    with ThreadPoolExecutor(3) as pool:
+        outer = pool.submit(redis_runner.segment, click("encode:2", 1), deadline_s=30)
+        until(lambda: carried(redis_runner))
+        victim = pid_of(carried(redis_runner)[0]["worker"])
+        first = carried(redis_runner)[0]["job"]
+        waits = pool.submit(redis_runner.segment, click("encode:0.1:other", 2), deadline_s=30)
+        until(lambda: redis_runner.status()["queues"]["interactive"] == 1)
+        inner = pool.submit(redis_runner.segment, click("sleep:1", 3), deadline_s=30)
+        until(lambda: carried(redis_runner) and carried(redis_runner)[0]["job"] != first)
+        workers.start()
+        next(process for process in workers.processes if process.pid == victim).kill()
+        results = [one.result() for one in (outer, waits, inner)]
+    assert [one.area for one in results] == [1, 2, 3]
+    assert str(victim) not in {one.model_version for one in results}
+
+
 def test_a_job_that_kills_workers_is_not_tried_for_ever(redis_runner: RqRunner, workers: Workers) -> None:
     for _ in range(4):
         workers.start()

@@ -103,6 +103,36 @@ def test_it_is_counted_what_became_of_jobs_and_how_long_they_wait(redis_runner: 
         assert [answer.result().area for answer in answers] == [7, 7]
 
 
+def test_quick_clicks_go_through_one_that_encodes_and_others_wait_for_their_turn(
+    redis_runner: RqRunner, workers: Workers
+) -> None:
+    workers.start()
+    ready(redis_runner, 1)
+    ended: list[float] = []
+
+    def answer(session: str, x: float) -> float:
+        area = redis_runner.segment(click(session, x), deadline_s=20).area
+        ended.append(x)
+        return area
+
+    with ThreadPoolExecutor(5) as pool:
+        answers = [pool.submit(answer, "encode:1:a", 1)]
+        until(lambda: carried(redis_runner))
+        for number, session in enumerate(("encode:0.2:b", "encode:0.2:c", "quick", "fail"), 2):
+            answers.append(pool.submit(answer, session, number))
+            until(
+                lambda number=number: 4 in ended or redis_runner.status()["queues"]["interactive"] >= min(number - 1, 2)
+            )
+        assert answers[3].result() == 4
+        assert not answers[0].done()
+        assert refusal(answers[4].result).status == 422
+        assert [one.result() for one in answers[:3]] == [1, 2, 3]
+    assert ended == [4, 1, 2, 3]
+    until(lambda: not redis_runner.status()["running"])
+    assert redis_runner.status()["queues"]["interactive"] == 0
+    assert [redis_runner.status()["jobs"]["interactive"][name]["count"] for name in ("done", "refused")] == [4, 1]
+
+
 def test_a_later_click_drops_the_waiting_one_at_once(redis_runner: RqRunner, workers: Workers) -> None:
     workers.start()
     ready(redis_runner, 1)
