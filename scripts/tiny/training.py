@@ -146,12 +146,11 @@ class Run:
         partial.rename(self.checkpoint)
 
     def export(self, path: Path) -> None:
-        """Write the averaged weights as they ship."""
-        shipped = copy.deepcopy(self.average).eval()
-        resize_tiny(shipped, self.config["ships"] or self.config["stages"][self._stage()]["size"])
+        """Write the averaged weights as they ship, at the input size of the present stage."""
+        resize_tiny(self.average, self.config["stages"][self._stage()]["size"])
         images = self.step * self.config["train"]["batch"] * parallel.world()
         save_tiny(
-            shipped,
+            self.average.eval(),
             path,
             {"training": f"{self.step} steps, {images} images, {self.progress:.0%} of the run"},
         )

@@ -24,7 +24,6 @@ from worker.backbones.tiny import build_tiny, load_tiny, save_tiny
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONFIG = """
 seed = 1
-ships = 160
 [pool]
 leave_out = []
 webp_quality = 0
@@ -194,7 +193,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path
     ours, theirs = load_file(killed / "out.safetensors"), load_file(whole / "out.safetensors")
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
-    assert load_tiny(killed / "out.safetensors").image_encoder.img_size == 160
+    assert load_tiny(killed / "out.safetensors").image_encoder.img_size == 96
 
 
 @pytest.mark.usefixtures("scripts_on_path")
