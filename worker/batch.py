@@ -52,7 +52,7 @@ READ_AHEAD = 2
 #: Images whose masks may wait to be made.
 FINISH_BEHIND = 4
 #: Encoders of images of at most this side, pixels, are small.
-SMALL_INPUT = 640
+SMALL_INPUT = 512
 #: Images that are seen through at the same time: two at least, as one leaves the processor now and then, and no more
 #: than can go on without Python's lock.
 MIN_LANES, MAX_LANES = 2, 8

@@ -5,23 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, Sam
 
-#: `auto`: 16 bits for the ViT encoders of the published models where the device multiplies these natively, else
-#: float32.
+#: `auto`: 16 bits where the device multiplies these natively, for encoders that are known to bear it; else float32.
 PRECISIONS = ("auto", "float32")
 #: What a processor is called to have where it multiplies bfloat16 natively; others emulate it, which is slow.
 CPU_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 
 
-def encoder_precision(sam: Sam, device: torch.device, precision: str) -> torch.dtype | None:
-    """The 16-bit type for `sam`'s encoder on `device`, or None for float32. Raises ValueError for an unknown name.
-
-    Small convolutional encoders stay in float32: rounding moves the borders of their masks, and they are quick.
-    """
+def encoder_precision(precision: str, device: torch.device, *, bears_half: bool) -> torch.dtype | None:
+    """The 16-bit type for an encoder on `device`, or None for float32. `bears_half`: whether its masks are as good so.
+    Raises ValueError for an unknown name."""
     if precision not in PRECISIONS:
         raise ValueError(f"There is no precision called {precision!r}. Choose one of: {', '.join(PRECISIONS)}.")
-    if precision == "float32" or not isinstance(sam.image_encoder, ImageEncoderViT):
+    if precision == "float32" or not bears_half:
         return None
     return half_precision(device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evaluation.bench.encoder_ways import Way, left_out, ways_of
 from evaluation.bench.setup import Bench, synchronise
-from worker.backbones import Backbone
+from worker.backbones import BACKBONES, Backbone
 from worker.contract import Click, Prompts
 from worker.decode import decode
 from worker.embeddings import Embedding
@@ -31,7 +31,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         backbone = bench.build(name)
         side = backbone.image_size
         image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(backbone.device)
-        chosen = encoder_precision(backbone.sam, backbone.device, "auto")
+        chosen = encoder_precision("auto", backbone.device, bears_half=BACKBONES[name].bears_half)
         ways, missing, starts = _started(ways_of(backbone, chosen), image, bench, backbone)
         times: dict[str, list[float]] = {way: [] for way in ways}
         features: dict[str, Tensor] = {}

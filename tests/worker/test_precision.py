@@ -5,7 +5,6 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from worker.backbones import build
-from worker.backbones.tiny import build_tiny
 from worker.precision import encoder_precision, half_precision, running_in
 
 CPU = torch.device("cpu")
@@ -27,18 +26,19 @@ def small() -> Sam:
     )
 
 
-def test_sixteen_bits_only_where_they_are_native(small: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sixteen_bits_only_where_they_are_native(monkeypatch: pytest.MonkeyPatch) -> None:
     for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None), ({}, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert encoder_precision(small, CPU, "auto") == expected
-        assert encoder_precision(small, CPU, "float32") is None
-        assert encoder_precision(build_tiny(), CPU, "auto") is None
+        assert encoder_precision("auto", CPU, bears_half=True) == expected
+        assert encoder_precision("auto", CPU, bears_half=False) is None
+        assert encoder_precision("float32", CPU, bears_half=True) is None
+        assert build("tiny", device="cpu", precision="auto").precision == expected
     for native, on_cuda in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
         assert half_precision(torch.device("cuda")) == on_cuda
     assert half_precision(torch.device("mps")) is None
     with pytest.raises(ValueError, match="auto, float32"):
-        encoder_precision(small, CPU, "int4")
+        encoder_precision("int4", CPU, bears_half=True)
 
 
 def test_the_encoder_differs_by_rounding_alone(small: Sam) -> None:
@@ -54,7 +54,7 @@ def test_the_encoder_differs_by_rounding_alone(small: Sam) -> None:
 
 
 def test_embeddings_of_another_precision_have_another_key() -> None:
-    backbone = build("tiny", device="cpu", precision="auto")
+    backbone = build("tiny", device="cpu")
     assert backbone.precision is None
     assert backbone.embedding_id == backbone.id
     backbone.precision = torch.bfloat16

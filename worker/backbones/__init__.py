@@ -32,7 +32,9 @@ MOBILE = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/"
 class BackboneSpec:
     """A kind of backbone. `checkpoint` is None for the one whose weights ship with this package. `zoom`: whether it
     looks at parts of an image unless told otherwise, see `worker.zoom`; that costs an encode now and then. `grain`: its
-    encoder takes any input whose sides are multiples of this; None for those that must see the padded square."""
+    encoder takes any input whose sides are multiples of this; None for those that must see the padded square.
+    `bears_half`: its masks are as good with an encoder of 16 bits: the ViTs', as others run them, `tiny`'s, which was
+    trained so (docs/results/performance.md); `mobile_sam`'s weights were not at hand to be tried."""
 
     name: str
     builder: Callable[[], Sam]
@@ -40,6 +42,7 @@ class BackboneSpec:
     source: str
     zoom: bool = False
     grain: int | None = None
+    bears_half: bool = True
 
 
 @dataclass
@@ -117,6 +120,7 @@ BACKBONES: dict[str, BackboneSpec] = {
                 "Apache-2.0",
             ),
             "MobileSAM, Zhang et al. 2023 (arXiv 2306.14289)",
+            bears_half=False,
         ),
         BackboneSpec(
             "vit_b",
@@ -188,7 +192,7 @@ def build(
         sam, digest = _load(spec, path, published=checkpoint is None)
     sam.requires_grad_(False)
     accelerate(sam)
-    encoder = encoder_precision(sam, target, precision)
+    encoder = encoder_precision(precision, target, bears_half=spec.bears_half)
     # A GPU wants few shapes: its decoder is recorded for the square, and starting kernels costs more than padding.
     grain = spec.grain if target.type != "cuda" else None
     return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms(name, zoom), grain)

@@ -27,8 +27,8 @@ LOGIT_CLIP = 8.0
 #: Sides of the blur windows as fractions of the longer side of the frame.
 BLUR_SIDES = (0.03, 0.1)
 CANDIDATES = 3
-#: Proposals are made on a grid of at most this many cells along the longer side.
-GRID = 160
+#: Proposals are made on a grid of at most this many cells along the longer side: 8 pixels of a 1024 frame each.
+GRID = 128
 
 
 def feature_names(channels: int) -> tuple[str, ...]:
