@@ -37,12 +37,6 @@ LOOK_EVERY_S = 0.0002
 STAND_BY_LIMIT_S = 60.0
 
 _local = threading.local()
-
-
-class NotQuickError(Exception):
-    """What was let through as quick takes long, and has to wait for its turn. Nothing of it is done yet."""
-
-
 #: Set while nobody is being let through.
 _free = threading.Event()
 _free.set()
@@ -50,6 +44,10 @@ _watched: WeakSet[nn.Module] = WeakSet()
 _watched_lock = threading.Lock()
 #: What the model runs on, once a batch has begun.
 _device: torch.device | None = None
+
+
+class NotQuickError(Exception):
+    """What was let through as quick takes long, and has to wait for its turn. Nothing of it is done yet."""
 
 
 @contextmanager
