@@ -7,6 +7,7 @@ from worker.backbones import build
 from worker.embeddings import encode
 
 
-def test_the_estimate_for_tiny_is_what_an_embedding_takes() -> None:
-    embedding = encode(build("tiny", device="cpu"), np.zeros((30, 40, 3), np.uint8))
-    assert embedding.size == EMBEDDING_BYTES["tiny"]
+def test_the_estimate_for_tiny_is_what_a_square_image_takes_and_others_take_less() -> None:
+    backbone = build("tiny", device="cpu")
+    square, photograph = (encode(backbone, np.zeros((height, 40, 3), np.uint8)).size for height in (40, 30))
+    assert (square, photograph) == (EMBEDDING_BYTES["tiny"], 0.75 * EMBEDDING_BYTES["tiny"])
