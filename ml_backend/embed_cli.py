@@ -24,8 +24,8 @@ from ml_backend.settings import Settings
 from ml_backend.task_image import image_of
 from worker.contract import ImageRef, PrelabelFailure, PrelabelItem, PrelabelOptions
 
-#: Most bytes of one embedding (half precision) with the colours beside it: 96 x 64 x 64 and 3 x 256 x 256 for tiny, less
-#: of what is no square; 256 x 64 x 64 and 3 x 256 x 256 for the others.
+#: Most bytes of one embedding (half precision) with the colours beside it: 96 x 64 x 64 and 3 x 256 x 256 for tiny,
+#: less of what is no square; 256 x 64 x 64 and 3 x 256 x 256 for the others.
 EMBEDDING_BYTES = {"tiny": 2 * 96 * 64 * 64 + 3 * 256 * 256}
 LARGE_EMBEDDING_BYTES = 2 * 256 * 64 * 64 + 3 * 256 * 256
 
