@@ -28,6 +28,7 @@ from worker.contract import (
     EmbedJob,
     Failure,
     ImageRef,
+    NotQuickError,
     PrelabelFailure,
     PrelabelImage,
     PrelabelItem,
@@ -41,7 +42,6 @@ from worker.contract import (
     TrainJob,
     TrainResult,
 )
-from worker.preemption import NotQuickError, letting_through
 
 log = logging.getLogger(__name__)
 
@@ -411,7 +411,8 @@ class InProcessRunner:
                 with task.running.set_aside() if task.running else nullcontext():
                     self._run(self._tasks.get())  # this thread alone takes tasks: it is the one seen, or better
 
-        return letting_through(do_what_is_urgent, quick=task.priority < _LONG)
+        preemption = importlib.import_module("worker.preemption")
+        return preemption.letting_through(do_what_is_urgent, quick=task.priority < _LONG)
 
     def _call(self, function: str, argument: dict[str, Any]) -> Any:
         if function not in contract.JOB_FUNCTIONS:

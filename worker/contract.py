@@ -55,6 +55,11 @@ TRAIN = "evaluation.learning.train"
 JOB_FUNCTIONS = frozenset({SEGMENT, EMBED, PRELABEL, TRAIN})
 
 
+class NotQuickError(Exception):
+    """Raised by a job function that was let through as quick and takes long: it has to wait for its turn, and nothing
+    of it is done yet. See `worker.preemption`."""
+
+
 class Message(BaseModel):
     """Base of everything that travels: immutable, and an unknown field is an error, not a surprise."""
 

@@ -22,6 +22,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from worker.contract import NotQuickError
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -44,10 +46,6 @@ _watched: WeakSet[nn.Module] = WeakSet()
 _watched_lock = threading.Lock()
 #: What the model runs on, once a batch has begun.
 _device: torch.device | None = None
-
-
-class NotQuickError(Exception):
-    """What was let through as quick takes long, and has to wait for its turn. Nothing of it is done yet."""
 
 
 @contextmanager

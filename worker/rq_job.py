@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 import redis
 from rq.job import Job
 
-from worker.contract import LARGE_MASK, MASK_KEY, outcome_of
-from worker.preemption import NotQuickError
+from worker.contract import LARGE_MASK, MASK_KEY, NotQuickError, outcome_of
 
 
 class ModelJob(Job):

@@ -28,9 +28,9 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
-from worker.contract import JOB_FUNCTIONS, Queue, RuntimeOptions
+from worker.contract import JOB_FUNCTIONS, NotQuickError, Queue, RuntimeOptions
 from worker.heartbeat import Heartbeat
-from worker.preemption import NotQuickError, letting_through
+from worker.preemption import letting_through
 from worker.rq_job import ModelJob
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from worker.contract import (
     Failure,
     ImageRef,
     Message,
+    NotQuickError,
     Prompts,
     Proposal,
     SegmentJob,
@@ -38,7 +39,7 @@ from worker.frame import Window
 from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch
 from worker.masks import to_mask
-from worker.preemption import NotQuickError, before_long_work
+from worker.preemption import before_long_work
 from worker.runtime import NotConfiguredError, Runtime, runtime
 from worker.zoom import shrunk
 

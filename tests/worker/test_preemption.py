@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from worker import preemption
+from worker.contract import NotQuickError
 from worker.preemption import (
-    NotQuickError,
     before_long_work,
     give_way,
     give_way_within,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from worker import brush_rle, preemption, runtime, tasks
-from worker.contract import RuntimeOptions, SegmentResult
+from worker.contract import NotQuickError, RuntimeOptions, SegmentResult
 
 torch.set_num_threads(2)
 HEIGHT, WIDTH = 203, 301
@@ -236,7 +236,7 @@ def test_what_has_to_be_encoded_is_not_quick(picture: str, monkeypatch: pytest.M
     def attempt() -> None:
         try:
             found.append(tasks.segment(_job(picture, *CLICKS)))
-        except preemption.NotQuickError:
+        except NotQuickError:
             found.append(None)
 
     with preemption.letting_through(attempt, quick=True):
