@@ -100,7 +100,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(click, "_one", one)
     monkeypatch.setattr(click, "clicks_on", lambda *_: [])
     monkeypatch.setattr(Bench, "image", lambda self, name, *_: Path(f"{name}.jpg"))
-    monkeypatch.setattr(Bench, "encoded", lambda *_: None)
+    monkeypatch.setattr(click, "_padded", lambda *_: None)
     return images
 
 
