@@ -94,7 +94,7 @@ def learn(job: TrainJob, current: Runtime, *, report: Report | None = None) -> T
     # What was chosen with all masks, how much the start counts and when to stop, is a few numbers: it stays.
     fit = FitOptions(**head.notes["fit"])
     fold = torch.tensor([fold_of[pixels.names[number]] for number in pixels.objects.tolist()])
-    parts = [pixels.where(fold != one) for one in range(FOLDS)]
+    parts = (pixels.where(fold != one) for one in range(FOLDS))  # one at a time: each is most of the pixels again
     fitted = [fit_head(backbone, part, options, fit, start=start) if len(part.objects) else start for part in parts]
     head = replace(head, unseen_by=tuple(one.posterior for one in fitted))
     judging = sessions(_spread(job.objects, MOST_JUDGED), "judging")

@@ -44,7 +44,7 @@ _free = threading.Event()
 _free.set()
 _watched: WeakSet[nn.Module] = WeakSet()
 _watched_lock = threading.Lock()
-#: What the model runs on, once a batch has begun.
+#: What the model runs on, once it is loaded.
 _device: torch.device | None = None
 
 
@@ -149,7 +149,9 @@ def give_way_within(encoder: nn.Module) -> None:
 
     global _device  # noqa: PLW0603 - one model for each process
     with _watched_lock:
-        _device = next((one.device for one in encoder.parameters()), None)
+        device = next((one.device for one in encoder.parameters()), None)
+        if _device is None or (device is not None and device.type == "cuda"):
+            _device = device  # a second copy on the processor, for want of memory, changes nothing for the GPU's
         if encoder in _watched:
             return
         _watched.add(encoder)
