@@ -30,7 +30,8 @@ from PIL import Image
 
 from evaluation.scenes import draw
 from ml_backend import processes
-from ml_backend.jobs import InProcessRunner, Runner
+from ml_backend.in_process_runner import InProcessRunner
+from ml_backend.jobs import Runner
 from worker import batch
 from worker.contract import (
     Click,
