@@ -207,11 +207,11 @@ def worker(queues: str | None, check: bool, **options: str | None) -> None:
         _check_worker(settings)
         return
     try:
-        rq_worker = importlib.import_module("worker.rq_worker")
+        process, rq_worker = (importlib.import_module(f"worker.{name}") for name in ("process", "rq_worker"))
     except ModuleNotFoundError as exc:
         fail(f"`bald-sam worker` needs {exc.name}, which is not installed: pip install 'bald-sam[worker]'.")
     logs.configure(settings, rq_worker.log_ids)
-    rq_worker.work(settings.runtime_options(), [Queue(name) for name in names])
+    process.work(settings.runtime_options(), [Queue(name) for name in names])
 
 
 def _check_worker(settings: Any) -> None:

@@ -121,12 +121,12 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from worker import contract, heartbeat, rq_worker
+    from worker import contract, heartbeat, process
 
     logging.basicConfig(level=logging.INFO)
     install()
-    rq_worker.LOAD_AGAIN_S, heartbeat.HUNG_S = 0.2, 0.5
-    rq_worker.work(
+    process.LOAD_AGAIN_S, heartbeat.HUNG_S = 0.2, 0.5
+    process.work(
         contract.RuntimeOptions.model_validate({"data_dir": ".", "redis_url": sys.argv[1]}),
         name=sys.argv[2] if len(sys.argv) > 2 else None,
     )
