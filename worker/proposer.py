@@ -99,9 +99,13 @@ class Proposer:
             seed=seed,
             redecode=redecode,
         )
-        score = chosen.score(state)
-        pixel = best_pixel(score, state.allowed)
-        gain = None if pixel is None else expected_gain(state.probability, state.shown > 0, state.valid, pixel)
+        scores = chosen.score(state)
+        # What follows looks at single values: on the processor, where nobody waits for them, and without padding.
+        rows, cols = grid.frame.valid
+        found = (scores, state.allowed, state.probability, state.shown > 0)
+        score, allowed, inside, shown = (one[:rows, :cols].cpu() for one in found)
+        pixel = best_pixel(score, allowed)
+        gain = None if pixel is None else expected_gain(inside, shown, pixel)
         stopped = StoppingRule(self.head.stop.get(chosen.name) if self.stop else None).reason(gain)
         proposal = None
         if pixel is not None and stopped is None:
@@ -111,15 +115,15 @@ class Proposer:
             proposal = Proposal(
                 x=min(max(x, 0.5), width - 0.5),
                 y=min(max(y, 0.5), height - 0.5),
-                positive=bool(state.probability[pixel] > 0.5),
+                positive=bool(inside[pixel] > 0.5),
                 score=float(score[pixel]),
                 strategy=chosen.name,
             )
         logits = decoded.logits
         if self.head.shows == "head":
             logits = state.head_logits()
-        expected = predictive.expected_iou(state.probability[state.valid], state.shown[state.valid] > 0)
-        return Decision(logits, proposal, stopped, expected, gain, _maps(state, score) if maps else {})
+        expected = predictive.expected_iou(inside, shown)
+        return Decision(logits, proposal, stopped, expected, gain, _maps(state, scores) if maps else {})
 
 
 def _seed(prompts: Prompts, seed: int) -> int:

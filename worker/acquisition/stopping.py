@@ -18,30 +18,27 @@ from torch import Tensor
 DOUBT = 0.25
 
 
-def expected_gain(probability: Tensor, shown: Tensor, valid: Tensor, pixel: tuple[int, int]) -> float:
+def expected_gain(probability: Tensor, shown: Tensor, pixel: tuple[int, int]) -> float:
     """What a click at `pixel` is expected to mend, as a part of the union of mask and object.
 
     The click settles the doubtful region around it (4-connected pixels, see `DOUBT`); the expected number of wrong
     pixels there is divided by the expected union |M| + E|Y - M|.
 
     Args:
-        probability: (h, w) float, P(inside).
+        probability: (h, w) float, P(inside), without padding; on the processor, as `shown`.
         shown: (h, w) bool, the mask on screen.
-        valid: (h, w) bool, pixels that lie on the image.
         pixel: (row, col) of the click.
 
     Returns:
         Between 0 and 1; 0 where the place is not in doubt at all.
     """
-    wrong = torch.where(valid, torch.where(shown, 1.0 - probability, probability), 0.0)
+    wrong = torch.where(shown, 1.0 - probability, probability)
     doubt = min(DOUBT, 0.5 * float(wrong[pixel]))
     if doubt == 0.0:
         return 0.0
-    doubtful = (wrong >= doubt).cpu().numpy().astype(np.uint8)
-    _count, labels = cv2.connectedComponents(doubtful, connectivity=4)
-    region = torch.from_numpy(labels == labels[pixel]).to(wrong.device)
-    mended = float(wrong[region].sum())
-    union = float((shown & valid).sum()) + float(probability[valid & ~shown].sum())
+    _count, labels = cv2.connectedComponents((wrong >= doubt).numpy().astype(np.uint8), connectivity=4)
+    mended = float(wrong[torch.from_numpy(labels == labels[pixel])].sum())
+    union = float(shown.sum()) + float(probability[~shown].sum())
     return mended / union
 
 

@@ -10,29 +10,19 @@ def test_expected_gain_by_hand() -> None:
     # A mask of 2 x 2 at the left, sure; a doubtful region of two cells beside a sure gap; another elsewhere.
     probability = torch.tensor([[0.9, 0.9, 0.0, 0.5, 0.4], [0.9, 0.9, 0.0, 0.0, 0.0], [0.3, 0.0, 0.0, 0.0, 0.0]])
     shown = probability > 0.6
-    valid = torch.ones_like(shown)
     union = 4 + 0.5 + 0.4 + 0.3
-    assert expected_gain(probability, shown, valid, (0, 3)) == pytest.approx(0.9 / union)
-    assert expected_gain(probability, shown, valid, (0, 4)) == pytest.approx(0.9 / union)
-    assert expected_gain(probability, shown, valid, (2, 0)) == pytest.approx(0.3 / union)
+    assert expected_gain(probability, shown, (0, 3)) == pytest.approx(0.9 / union)
+    assert expected_gain(probability, shown, (0, 4)) == pytest.approx(0.9 / union)
+    assert expected_gain(probability, shown, (2, 0)) == pytest.approx(0.3 / union)
     # Wrong with 0.1 only: the region is what is wrong with at least half of that, here the mask and the cell below it.
-    assert expected_gain(probability, shown, valid, (0, 0)) == pytest.approx(0.7 / union)
-    assert expected_gain(probability, shown, valid, (1, 2)) == 0.0
-
-
-def test_padding_is_neither_doubtful_nor_part_of_the_union() -> None:
-    probability = torch.full((3, 4), 0.5)
-    shown = torch.ones(3, 4, dtype=torch.bool)
-    valid = torch.zeros_like(shown)
-    valid[:2, :2] = True
-    assert expected_gain(probability, shown, valid, (0, 0)) == pytest.approx(0.5)
-    assert expected_gain(probability, shown, valid, (2, 3)) == 0.0
+    assert expected_gain(probability, shown, (0, 0)) == pytest.approx(0.7 / union)
+    assert expected_gain(probability, shown, (1, 2)) == 0.0
 
 
 def test_a_superfluous_part_counts_too() -> None:
     probability = torch.tensor([[0.99, 0.99, 0.99, 0.1]])
     shown = torch.ones(1, 4, dtype=torch.bool)
-    assert expected_gain(probability, shown, shown, (0, 3)) == pytest.approx(0.9 / 4)
+    assert expected_gain(probability, shown, (0, 3)) == pytest.approx(0.9 / 4)
 
 
 def test_the_rule_says_why() -> None:

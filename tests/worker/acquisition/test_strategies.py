@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from worker.embeddings import Embedding, encode
 from worker.head import predictive
 from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
 from worker.head.linear import sam_centred
-from worker.proposer import Proposer
 
 PROMPTS = Prompts(clicks=(Click(x=150.5, y=60.5), Click(x=20.5, y=30.5, positive=False)))
 
@@ -235,32 +233,3 @@ def test_stopping_rule() -> None:
     assert "settled" in (StoppingRule(0.1).reason(0.05) or "")
     assert "next to an earlier click" in (StoppingRule().reason(None) or "")
     assert StoppingRule().reason(0.0) is None
-
-
-def test_proposer_is_a_pure_function(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
-    proposer = Proposer(backbone, head="default", strategy="default", data_dir=tmp_path)
-    one = proposer.propose(decoded, PROMPTS)
-    two = proposer.propose(decoded, PROMPTS, maps=True)
-    assert one.proposal == two.proposal and one.proposal is not None
-    assert 0 < one.proposal.x < 300 and 0 < one.proposal.y < 120
-    assert set(two.maps) == {"score", "bald", "entropy", "probability"} and not one.maps
-    assert one.logits.shape == decoded.logits.shape
-    assert proposer.model_version.startswith(backbone.id)
-
-
-def test_random_proposals_differ_by_seed_and_by_click(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
-    proposer = Proposer(backbone, head="none", strategy="random", data_dir=tmp_path)
-    fewer = Prompts(clicks=PROMPTS.clicks[:1])
-    found = [
-        proposer.propose(decoded, PROMPTS).proposal,
-        proposer.propose(decoded, PROMPTS, seed=1).proposal,
-        proposer.propose(decoded, fewer).proposal,
-    ]
-    assert len({(p.x, p.y) for p in found if p is not None}) == 3
-
-
-def test_no_place_left_is_said(backbone: Backbone, embedding: Embedding, tmp_path: Path) -> None:
-    grid = Prompts(clicks=tuple(Click(x=x + 0.5, y=y + 0.5) for x in range(0, 300, 3) for y in range(0, 120, 3)))
-    decision = Proposer(backbone, head="none", data_dir=tmp_path).propose(decode(backbone, embedding, grid), grid)
-    assert decision.proposal is None
-    assert "next to an earlier click" in (decision.stopped or "")
