@@ -32,7 +32,7 @@ from evaluation.session import Session
 from worker import brush_rle
 from worker.contract import PROGRESS_KEY, HeadChoice, LabelledObject, Prompts, TrainJob, TrainResult
 from worker.decode import Decoded
-from worker.embeddings import Embedding, encode_resized, resize
+from worker.encode import Embedding, encode_resized, resize
 from worker.head.fit import FitOptions
 from worker.head.store import Head, save_head
 from worker.images import ImageError, decode_image, fetch

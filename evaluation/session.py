@@ -20,7 +20,7 @@ from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, LogitsCache, decode, decode_next, decode_session
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 from worker.frame import Frame
 from worker.masks import to_mask
 from worker.proposer import Decision, Proposer

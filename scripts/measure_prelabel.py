@@ -44,7 +44,7 @@ from worker.contract import (
     SegmentJob,
 )
 from worker.decode import decode
-from worker.embeddings import encode
+from worker.encode import encode
 from worker.runtime import Runtime
 
 SIZE = (480, 640)

@@ -26,7 +26,7 @@ from evaluation.metrics import iou
 from worker.backbones import TINY_WEIGHTS, Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode_next
-from worker.embeddings import encode
+from worker.encode import encode
 from worker.masks import to_mask
 from worker.zoom import looker
 

@@ -32,7 +32,7 @@ from worker.contract import (
     PrelabelOptions,
     PrelabelResult,
 )
-from worker.embeddings import Embedding, encode_resized, resize
+from worker.encode import Embedding, encode_resized, resize
 from worker.frame import Window
 from worker.images import decode_image, fetch
 from worker.objects import decide, regions

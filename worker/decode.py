@@ -17,7 +17,7 @@ from worker.backbones import Backbone
 from worker.backbones.fast_decoder import DecoderOutput
 from worker.byte_lru import ByteLRU
 from worker.contract import Prompts
-from worker.embeddings import Embedding
+from worker.encode import Embedding
 from worker.frame import Frame
 from worker.mirror import mirrored_boxes, mirrored_map, mirrored_points
 from worker.zoom import Look, Round, carried_over, follow

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from worker.backbones import Backbone
 from worker.contract import Click, Everything, Prompts
 from worker.decode import Decoded, decode_batch
-from worker.embeddings import Embedding
+from worker.encode import Embedding
 from worker.preemption import stand_by
 
 #: Points decoded in one pass.

@@ -12,7 +12,7 @@ from torch import Tensor
 from worker import brush_rle
 from worker.contract import ObjectPrompts, PrelabelImage, PrelabelItem, PrelabelOptions, Prompts, Proposal, Region
 from worker.decode import Decoded, decode, decode_batch, decode_session
-from worker.embeddings import Embedding
+from worker.encode import Embedding
 from worker.everything import segment_everything
 from worker.frame import Frame
 from worker.masks import to_mask

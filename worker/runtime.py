@@ -18,7 +18,8 @@ from worker.byte_lru import ByteLRU
 from worker.contract import Click, Prompts, RuntimeOptions
 from worker.decode import LogitsCache, decode
 from worker.embedding_folder import EmbeddingFolder
-from worker.embeddings import EmbeddingCache, encode
+from worker.embeddings import EmbeddingCache
+from worker.encode import encode
 from worker.head.registry import HeadRegistry
 from worker.preemption import give_way_within
 from worker.proposer import Proposer

@@ -34,7 +34,7 @@ from worker.contract import (
     SegmentResult,
 )
 from worker.decode import decode, decode_session
-from worker.embeddings import Embedding, encode, encode_window
+from worker.encode import Embedding, encode, encode_window
 from worker.frame import Window
 from worker.image_urls import LABEL_STUDIO_PATHS
 from worker.images import ImageError, decode_image, fetch

@@ -22,7 +22,7 @@ from worker.acquisition.state import State
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode_next, decode_session
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 from worker.head.features import coarse, feature_names, pixel_features
 from worker.head.fit import FitOptions, Pixels, best_strength, fit_linear
 from worker.head.kernel import Reach

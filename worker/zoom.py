@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from worker.backbones import Backbone
 from worker.byte_lru import ByteLRU
 from worker.contract import Prompts
-from worker.embeddings import Embedding, encode_window
+from worker.encode import Embedding, encode_window
 from worker.frame import Frame, Window
 from worker.masks import clean
 

@@ -12,7 +12,7 @@ from evaluation.bench.setup import Bench, synchronise
 from worker import batch
 from worker.contract import Click, ImageRef, ObjectPrompts, PrelabelImage, PrelabelItem, PrelabelOptions, Prompts
 from worker.decode import decode
-from worker.embeddings import encode_resized, resize
+from worker.encode import encode_resized, resize
 from worker.runtime import Runtime
 
 WIDTH, HEIGHT = 1024, 1024

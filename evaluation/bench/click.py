@@ -21,7 +21,7 @@ from evaluation.bench.clicks import Clicks, clicks_on
 from evaluation.bench.server import Page, Server, has_redis, shared
 from evaluation.bench.setup import SIZES, Bench, published, summary, synchronise
 from worker.backbones import Backbone
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 
 #: Of the drawn scene that is clicked on.
 SEED = 3

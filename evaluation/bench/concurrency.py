@@ -27,7 +27,7 @@ from worker.contract import (
     Prompts,
     Queue,
 )
-from worker.embeddings import encode_resized, resize
+from worker.encode import encode_resized, resize
 
 WIDTH, HEIGHT = 1024, 1024
 ANNOTATORS = (1, 2, 4, 8, 16)

@@ -14,7 +14,7 @@ from evaluation.bench.setup import Bench, synchronise
 from worker.backbones import BACKBONES, Backbone
 from worker.contract import Click, Prompts
 from worker.decode import decode
-from worker.embeddings import Embedding
+from worker.encode import Embedding
 from worker.masks import to_mask
 from worker.precision import encoder_precision
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from evaluation.bench.server import serving
 from evaluation.bench.setup import Bench
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 
 WIDTH, HEIGHT, CLICKS = 512, 384, 10
 CACHE_MB = 64

@@ -23,7 +23,8 @@ from evaluation.scenes import Scene, draw
 from worker.backbones import BACKBONES, Backbone, build
 from worker.contract import RuntimeOptions
 from worker.embedding_folder import EmbeddingFolder
-from worker.embeddings import Embedding, EmbeddingCache, encode
+from worker.embeddings import EmbeddingCache
+from worker.encode import Embedding, encode
 from worker.images import decode_image
 
 #: Sizes of images that clicks are timed on, (width, height).

@@ -15,7 +15,7 @@ from evaluation.session import Session
 from worker import training
 from worker.acquisition import DEFAULT
 from worker.backbones import Backbone, build
-from worker.embeddings import encode
+from worker.encode import encode
 from worker.head.kernel import Reach
 from worker.head.store import Head
 from worker.proposer import Proposer

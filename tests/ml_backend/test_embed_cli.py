@@ -4,7 +4,7 @@ import numpy as np
 
 from ml_backend.embed_cli import EMBEDDING_BYTES
 from worker.backbones import build
-from worker.embeddings import encode
+from worker.encode import encode
 
 
 def test_the_estimate_for_tiny_is_what_a_square_image_takes_and_others_take_less() -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from worker import runtime, tasks
 from worker.contract import RuntimeOptions
-from worker.embeddings import CLAIM_MS, PREFIX, RENEW_S, Embedding, EmbeddingCache
+from worker.embeddings import CLAIM_MS, PREFIX, RENEW_S, EmbeddingCache
+from worker.encode import Embedding
 from worker.head.registry import HeadRegistry
 from worker.head.store import SHIPPED
 

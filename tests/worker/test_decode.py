@@ -16,7 +16,7 @@ from worker.backbones.tiny import GRAIN
 from worker.byte_lru import ByteLRU
 from worker.contract import Box, Click, Prompts
 from worker.decode import LogitsCache, decode, decode_batch, decode_session
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 from worker.masks import to_mask
 
 torch.set_num_threads(2)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from worker.backbones import Backbone, build
 from worker.contract import Box, Click, Prompts
 from worker.decode import Decoded, decode
-from worker.embeddings import encode_window
+from worker.encode import encode_window
 from worker.frame import Frame, Window
 from worker.head.features import pixel_features
 from worker.mirror import mirrored_boxes, mirrored_map, mirrored_pixels, mirrored_points

@@ -9,7 +9,7 @@ import torch
 from worker.backbones import Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 from worker.head.features import coarse
 from worker.proposer import Proposer
 

@@ -17,7 +17,7 @@ from worker import training
 from worker.backbones import Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import decode
-from worker.embeddings import encode
+from worker.encode import encode
 from worker.head.features import coarse, feature_names
 from worker.head.fit import FitOptions
 from worker.head.kernel import Reach

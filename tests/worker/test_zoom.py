@@ -16,7 +16,7 @@ from worker.backbones import Backbone, build
 from worker.byte_lru import ByteLRU
 from worker.contract import Box, Click, Prompts
 from worker.decode import Earlier, LogitsCache, decode, decode_next, decode_session
-from worker.embeddings import Embedding, encode, encode_window
+from worker.encode import Embedding, encode, encode_window
 from worker.frame import Frame, Window
 from worker.masks import to_mask
 

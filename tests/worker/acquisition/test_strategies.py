@@ -14,7 +14,7 @@ from worker.acquisition.stopping import StoppingRule
 from worker.backbones import Backbone, build
 from worker.contract import Box, Click, Prompts
 from worker.decode import Decoded, decode
-from worker.embeddings import Embedding, encode
+from worker.encode import Embedding, encode
 from worker.head import predictive
 from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
 from worker.head.linear import sam_centred

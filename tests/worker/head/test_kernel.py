@@ -5,7 +5,7 @@ import torch
 
 from worker.contract import Click, Prompts
 from worker.decode import Decoded
-from worker.embeddings import Embedding
+from worker.encode import Embedding
 from worker.frame import Frame
 from worker.head.features import coarse
 from worker.head.kernel import JITTER, ClickKernel, Reach, click_cells
