@@ -19,7 +19,7 @@ from worker.acquisition.state import State
 from worker.acquisition.stopping import StoppingRule, expected_gain
 from worker.contract import Prompts, Proposal
 from worker.head import predictive
-from worker.head.features import coarse, pixel_features
+from worker.head.features import coarse, pixel_features, smoothed
 from worker.head.store import channels_of, find_head, on_device
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Proposer:
             )
         logits = decoded.logits
         if self.head.shows == "head":
-            logits = state.head_logits()
+            logits = smoothed(state.head_logits(), decoded.frame.valid)
         expected = predictive.expected_iou(inside, shown)
         return Decision(logits, proposal, stopped, expected, gain, _maps(state, scores) if maps else {})
 

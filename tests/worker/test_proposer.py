@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,18 @@ def test_padding_is_no_part_of_what_is_expected(backbone: Backbone, decoded: Dec
     hit = inside[:rows, :cols][shown[:rows, :cols]].sum()
     missed = inside[:rows, :cols][~shown[:rows, :cols]].sum()
     assert decision.expected_iou == pytest.approx(hit / (shown[:rows, :cols].sum() + missed), rel=1e-3)
+
+
+def test_the_mask_of_a_head_has_no_ragged_border(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
+    proposer = Proposer(backbone, head="none", data_dir=tmp_path)
+    sam = proposer.propose(decoded, PROMPTS).logits
+    proposer.head = replace(proposer.head, shows="head")
+    head = proposer.propose(decoded, PROMPTS).logits
+    assert torch.equal(sam, decoded.logits)
+    rows, cols = decoded.frame.valid
+
+    def border(logits: torch.Tensor) -> int:
+        inside = logits[:rows, :cols] > 0
+        return int((inside[1:] != inside[:-1]).sum() + (inside[:, 1:] != inside[:, :-1]).sum())
+
+    assert head.shape == sam.shape and 0 < border(head) < border(sam)

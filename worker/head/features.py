@@ -142,6 +142,18 @@ def box_mean(image: Tensor, radius: int) -> Tensor:
     return image
 
 
+def smoothed(logits: Tensor, valid: tuple[int, int]) -> Tensor:
+    """Logits (h, w), clipped, each with its neighbours: twice the mean over 3 x 3 cells. What lies beyond the `valid`
+    (rows, columns), padding, has no part in it and repeats the border.
+
+    A head weighs the decoder's channels anew, and these change from cell to cell: the border of its mask would be
+    ragged.
+    """
+    (height, width), (rows, cols) = logits.shape, valid
+    inside = box_mean(box_mean(logits[:rows, :cols].clamp(-LOGIT_CLIP, LOGIT_CLIP), 1), 1)
+    return F.pad(inside[None, None], (0, width - cols, 0, height - rows), mode="replicate")[0, 0]
+
+
 def _candidate_differences(candidates: Tensor, clipped: Tensor) -> Tensor:
     """(CANDIDATES, h, w): clipped candidate minus clipped mask, smallest first; zeros where there are fewer."""
     clipped_candidates = candidates.clamp(-LOGIT_CLIP, LOGIT_CLIP)
