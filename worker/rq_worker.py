@@ -81,23 +81,27 @@ class ModelWorker(SimpleWorker):
             if self.should_run_maintenance_tasks:
                 self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
             try:
-                found = self.queue_class.dequeue_any(
-                    self._ordered_queues,
-                    timeout and DEQUEUE_S,
-                    connection=self.connection,
-                    job_class=self.job_class,
-                    serializer=self.serializer,
-                    death_penalty_class=self.death_penalty_class,
-                )
+                return self._next_of(self._ordered_queues, timeout and DEQUEUE_S)
             except DequeueTimeout:
                 continue
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 raise StopRequested from error
-            if found is not None:
-                version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
-                found[0].redis_server_version = version
-            return found
         raise StopRequested
+
+    def _next_of(self, queues: Any, timeout: int | None) -> Any:
+        """Next (job, queue) of these queues, waited for as long as `timeout` says; None where it says nothing and there
+        is none. Raises DequeueTimeout."""
+        found = self.queue_class.dequeue_any(
+            queues,
+            timeout,
+            connection=self.connection,
+            job_class=self.job_class,
+            serializer=self.serializer,
+            death_penalty_class=self.death_penalty_class,
+        )
+        if found is not None:
+            found[0].redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
+        return found
 
     def execute_job(self, job: Any, queue: Any) -> None:
         self._heartbeat.carry(job.id, job.timeout if job.timeout and job.timeout > 0 else None)
@@ -140,17 +144,9 @@ class ModelWorker(SimpleWorker):
     def _one_urgent(self) -> bool:
         """In the middle of a long job: answer a click that waits, or encode the image of a task that was opened."""
         urgent = [queue for queue in self._ordered_queues if queue.name not in LONG]
-        found = urgent and self.queue_class.dequeue_any(
-            urgent,
-            None,
-            connection=self.connection,
-            job_class=self.job_class,
-            serializer=self.serializer,
-            death_penalty_class=self.death_penalty_class,
-        )
-        if not found:
+        found = self._next_of(urgent, None) if urgent else None
+        if found is None:
             return False
-        found[0].redis_server_version = self.get_redis_server_version()  # type: ignore[no-untyped-call]
         with self._heartbeat.set_aside(), _alarm_set_aside():
             self.execute_job(*found)
         return True
