@@ -1,4 +1,4 @@
-"""Web servers that images are fetched from, names that look-ups give, and what a refusal must say."""
+"""Web servers that images are fetched from, names that look-ups give, what a refusal must say; and a model of noise."""
 
 from __future__ import annotations
 
@@ -10,15 +10,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import SecretStr
 
 from worker import addresses, fetch
 from worker.addresses import ImageError
+from worker.backbones import Backbone, build
 from worker.contract import ImageRef, RuntimeOptions
+from worker.encode import Embedding, encode
 
 PICTURE = b"bytes of a picture"
 SECRET = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    """The shipped architecture with random weights; a module that needs another model has a fixture of its own."""
+    torch.set_num_threads(2)
+    return build("tiny", random_weights=True, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def embedding(backbone: Backbone) -> Embedding:
+    image = np.random.default_rng(0).integers(0, 255, (120, 300, 3), dtype=np.uint8)  # its last rows are padding
+    return encode(backbone, image)
 
 
 class Server:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import redis
@@ -11,16 +10,11 @@ import torch
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.backbones import Backbone, build
+from worker.backbones import Backbone
 from worker.embeddings import PREFIX, EmbeddingCache
 from worker.encode import Embedding, to_bytes
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return replace(build("tiny", device="cpu"), grain=None)  # padded to the square, as `SamPredictor` does
 
 
 def _embedding(value: float = 1.0) -> Embedding:

@@ -3,30 +3,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from worker.backbones import Backbone, build
+from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
-from worker.encode import Embedding, encode
+from worker.encode import Embedding
 from worker.head.features import coarse
 from worker.proposer import Proposer
 
 PROMPTS = Prompts(clicks=(Click(x=150.5, y=60.5), Click(x=20.5, y=30.5, positive=False)))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.set_num_threads(2)
-    return build("tiny", random_weights=True, seed=0, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def embedding(backbone: Backbone) -> Embedding:
-    image = np.random.default_rng(0).integers(0, 255, (120, 300, 3), dtype=np.uint8)  # the last rows are padding
-    return encode(backbone, image)
 
 
 @pytest.fixture(scope="module")

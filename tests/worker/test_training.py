@@ -14,7 +14,7 @@ from evaluation.datasets import read_pairs
 from ml_backend.heads_cli import heads
 from ml_backend.train_cli import train
 from worker import training
-from worker.backbones import Backbone, build
+from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import decode
 from worker.encode import encode
@@ -26,12 +26,6 @@ from worker.head.registry import HeadRegistry
 from worker.head.store import Head, find_head, load_head, save_head
 from worker.proposer import Proposer
 from worker.training import SessionOptions, best_reach, collect, lowres_truth, train_head
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.set_num_threads(2)
-    return build("tiny", random_weights=True, seed=0, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -11,27 +11,15 @@ from worker.acquisition.candidates import allowed_pixels, best_pixel, best_pixel
 from worker.acquisition.regions import regional
 from worker.acquisition.state import State
 from worker.acquisition.stopping import StoppingRule
-from worker.backbones import Backbone, build
+from worker.backbones import Backbone
 from worker.contract import Box, Click, Prompts
 from worker.decode import Decoded, decode
-from worker.encode import Embedding, encode
+from worker.encode import Embedding
 from worker.head import predictive
 from worker.head.features import box_mean, coarse, distance_to_points, feature_names, pixel_features
 from worker.head.linear import sam_centred
 
 PROMPTS = Prompts(clicks=(Click(x=150.5, y=60.5), Click(x=20.5, y=30.5, positive=False)))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.set_num_threads(2)
-    return build("tiny", random_weights=True, seed=0, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def embedding(backbone: Backbone) -> Embedding:
-    image = np.random.default_rng(0).integers(0, 255, (120, 300, 3), dtype=np.uint8)  # half of the frame is padding
-    return encode(backbone, image)
 
 
 @pytest.fixture(scope="module")
