@@ -53,7 +53,7 @@ LARGE_EVENT = 1_000_000
 
 
 def create_app(settings: Settings | None = None, runner: Any = None) -> Flask:
-    """The WSGI application. `runner` (see `ml_backend.jobs`) is made from the settings if it is not given."""
+    """The WSGI application. `runner` (see `ml_backend.jobs.runner`) is made from the settings if it is not given."""
     settings = settings or Settings()
     if runner is None:
         from ml_backend.jobs import make_runner

@@ -14,17 +14,17 @@ import click
 
 #: Command -> (module:attribute, one line of help).
 COMMANDS = {
-    "ablate": ("ml_backend.ablate_cli:ablate", "Compare Laplace settings on several backbones."),
-    "bench": ("ml_backend.bench_cli:bench", "Measure speed, as ratios within one run."),
-    "clicks": ("ml_backend.clicks_cli:clicks", "Export and report the click log."),
-    "connect": ("ml_backend.connect_cli:connect", "Connect a project of your Label Studio to a running backend."),
-    "demo": ("ml_backend.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
-    "embed": ("ml_backend.embed_cli:embed", "Encode the images of a project or folder before they are opened."),
-    "evaluate": ("ml_backend.evaluate_cli:evaluate", "Compare strategies with a simulated annotator."),
-    "heads": ("ml_backend.heads_cli:heads", "List the heads; choose, pin or roll back the one in use."),
-    "models": ("ml_backend.models_cli:models", "List, download and describe the backbones."),
-    "prelabel": ("ml_backend.prelabel_cli:prelabel", "Pre-label a project or a folder of images."),
-    "train": ("ml_backend.train_cli:train", "Train a head on a project, or on folders of images and masks."),
+    "ablate": ("ml_backend.commands.ablate:ablate", "Compare Laplace settings on several backbones."),
+    "bench": ("ml_backend.commands.bench:bench", "Measure speed, as ratios within one run."),
+    "clicks": ("ml_backend.commands.clicks:clicks", "Export and report the click log."),
+    "connect": ("ml_backend.commands.connect:connect", "Connect a project of your Label Studio to a running backend."),
+    "demo": ("ml_backend.commands.demo:demo", "Start Label Studio, a sample project and the backend on this machine."),
+    "embed": ("ml_backend.commands.embed:embed", "Encode the images of a project or folder before they are opened."),
+    "evaluate": ("ml_backend.commands.evaluate:evaluate", "Compare strategies with a simulated annotator."),
+    "heads": ("ml_backend.commands.heads:heads", "List the heads; choose, pin or roll back the one in use."),
+    "models": ("ml_backend.commands.models:models", "List, download and describe the backbones."),
+    "prelabel": ("ml_backend.commands.prelabel:prelabel", "Pre-label a project or a folder of images."),
+    "train": ("ml_backend.commands.train:train", "Train a head on a project, or on folders of images and masks."),
 }
 
 
@@ -218,7 +218,7 @@ def _check_worker(settings: Any) -> None:
     """Say how the workers of this machine are; exit 1 unless one of them is ready."""
     import socket
 
-    from ml_backend.rq_runner import RqRunner
+    from ml_backend.jobs.rq_runner import RqRunner
 
     runner = RqRunner(settings.redis_url.get_secret_value())
     status = runner.status()

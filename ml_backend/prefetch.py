@@ -11,7 +11,7 @@ from typing import Any
 import requests
 
 from ml_backend.errors import BackendError, RequestError
-from ml_backend.jobs import Runner
+from ml_backend.jobs.runner import Runner
 from ml_backend.label_studio_api import LabelStudioApi, LabelStudioError, api_from, where
 from ml_backend.labeling_config import LabelingConfig
 from ml_backend.settings import Settings

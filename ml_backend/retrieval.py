@@ -23,13 +23,13 @@ import requests
 from ml_backend import labeling_config
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.heads_in_use import model_version
-from ml_backend.jobs import JobFailed
+from ml_backend.jobs.failures import JobFailed
 from ml_backend.label_studio_api import LabelStudioApi, LabelStudioError, api_from
-from ml_backend.prelabel import Answer, Batch
-from ml_backend.prelabel_journal import Journal, JournalInUse, read_journal
-from ml_backend.prelabel_project import ProjectRun, prelabel_project
-from ml_backend.prelabel_results import controls_of, prediction
-from ml_backend.prelabel_task_prompts import AUTO, TaskPrompts
+from ml_backend.prelabel.batch import Answer, Batch
+from ml_backend.prelabel.journal import Journal, JournalInUse, read_journal
+from ml_backend.prelabel.project import ProjectRun, prelabel_project
+from ml_backend.prelabel.results import controls_of, prediction
+from ml_backend.prelabel.task_prompts import AUTO, TaskPrompts
 from ml_backend.settings import Settings
 from worker.contract import PrelabelFailure, PrelabelItem, PrelabelOptions
 

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ml_backend.arms import parse_modes
-from ml_backend.prelabel_task_prompts import checked_source
+from ml_backend.prelabel.task_prompts import checked_source
 from worker.contract import RuntimeOptions
 
 Roots = Annotated[tuple[Path, ...], NoDecode]

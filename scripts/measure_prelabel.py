@@ -30,8 +30,8 @@ from PIL import Image
 
 from evaluation.scenes import draw
 from ml_backend import processes
-from ml_backend.in_process_runner import InProcessRunner
-from ml_backend.jobs import Runner
+from ml_backend.jobs.in_process_runner import InProcessRunner
+from ml_backend.jobs.runner import Runner
 from worker import batch
 from worker.contract import (
     Click,
@@ -132,7 +132,7 @@ def served(folder: Path, backbone: str, redis: bool) -> Iterator[Runner]:
         yield runner
         runner.close()
         return
-    from ml_backend.rq_runner import RqRunner
+    from ml_backend.jobs.rq_runner import RqRunner
 
     port = processes.free_port()
     url = f"redis://127.0.0.1:{port}"

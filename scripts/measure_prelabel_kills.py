@@ -31,7 +31,7 @@ from PIL import Image
 from ml_backend import label_studio, processes
 from ml_backend.label_studio_api import LabelStudioApi, LabelStudioError
 from ml_backend.labeling_config import recommended_config
-from ml_backend.prelabel_upload import tasks_with
+from ml_backend.prelabel.upload import tasks_with
 
 EMAIL, PASSWORD = "measure@example.com", "measure-12345"
 VERSION = "bald-sam-tiny"

@@ -26,7 +26,7 @@ from ml_backend.clicks.schema import answers, make_engine
 from ml_backend.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-QUEUE_WORKER = ROOT / "tests" / "ml_backend" / "queue_worker.py"
+QUEUE_WORKER = ROOT / "tests" / "ml_backend" / "jobs" / "queue_worker.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A worker process: keeps the model loaded and takes jobs from Redis, as long as it is not told to stop.
 
 A thread tells Redis every fraction of a second that the process lives, and which job it carries
-(`worker.heartbeat`); see `ml_backend.rq_runner` for who reads that.
+(`worker.heartbeat`); see `ml_backend.jobs.rq_runner` for who reads that.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import redis
 import requests
 
 from ml_backend import processes
-from ml_backend.rq_runner import RqRunner
+from ml_backend.jobs.rq_runner import RqRunner
 
 BALD_SAM = [sys.executable, "-m", "ml_backend.cli"]
 #: A worker that ended is started again after this time, seconds, as `restart: always` would do.

@@ -16,7 +16,7 @@ import requests
 from click.testing import CliRunner
 from playwright.sync_api import Browser
 
-from ml_backend.clicks_cli import clicks
+from ml_backend.commands.clicks import clicks
 from ml_backend.demo_pictures import sample_pictures
 from ml_backend.labeling_config import recommended_config
 from tests.e2e.conftest import ARTIFACTS, EMAIL, PASSWORD, Annotator, Backend, Recorder, Studio

@@ -23,7 +23,7 @@ from ml_backend import label_studio, labeling_config, processes
 from ml_backend.label_studio_api import LabelStudioApi
 from ml_backend.labeling_config import recommended_config
 from ml_backend.prefetch import UNCERTAINTY, Prefetch
-from ml_backend.prelabel_upload import Uploader, settle, tasks_with
+from ml_backend.prelabel.upload import Uploader, settle, tasks_with
 from ml_backend.settings import Settings
 from tests.e2e.conftest import COMMAND, EMAIL, PASSWORD
 
@@ -133,7 +133,7 @@ def test_lost_answers_and_doubles(
         return answer
 
     monkeypatch.setattr(api._session, "request", loses_answers)
-    monkeypatch.setattr("ml_backend.prelabel_upload.RETRY_AFTER_S", (0.1, 0.1, 0.1))
+    monkeypatch.setattr("ml_backend.prelabel.upload.RETRY_AFTER_S", (0.1, 0.1, 0.1))
     done: list[int] = []
     failed: dict[int, str] = {}
     with Uploader(api, project, VERSION, done=done.append, failed=failed.__setitem__) as uploader:

@@ -14,7 +14,7 @@ from PIL import Image
 from evaluation import ablation, ablation_report
 from evaluation.laplace_settings import AXES, BASE, SETTINGS, Setting, chosen
 from evaluation.scenes import draw
-from ml_backend.ablate_cli import ablate
+from ml_backend.commands.ablate import ablate
 from worker import acquisition
 from worker.acquisition.registry import REGISTRY
 from worker.head.fit import Pixels

@@ -16,7 +16,7 @@ from evaluation.replay import Recorded, ReplayError, Step, agreement, assign, fi
 from ml_backend.clicks.export import export
 from ml_backend.clicks.filter import Filter
 from ml_backend.clicks.schema import make_engine, migrate
-from ml_backend.evaluate_cli import evaluate
+from ml_backend.commands.evaluate import evaluate
 from tests.ml_backend.clicks.conftest import answer
 from tests.ml_backend.clicks.test_store import write
 from worker.contract import Box, Click, Prompts

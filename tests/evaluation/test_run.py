@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation.datasets import read_pairs
 from evaluation.run import COLUMNS, Setup, finished, is_random, run
-from ml_backend.evaluate_cli import evaluate
+from ml_backend.commands.evaluate import evaluate
 
 
 @pytest.fixture

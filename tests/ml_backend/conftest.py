@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ml_backend.jobs import JobFailed
-from ml_backend.rq_runner import RqRunner
+from ml_backend.jobs.failures import JobFailed
+from ml_backend.jobs.rq_runner import RqRunner
 from ml_backend.settings import Settings
-from tests.ml_backend.queue_workers import Workers
+from tests.ml_backend.jobs.queue_workers import Workers
 from worker.brush_rle import encode
 from worker.contract import EmbedJob, Proposal, SegmentJob, SegmentResult
 

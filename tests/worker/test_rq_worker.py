@@ -1,4 +1,4 @@
-"""What a worker does with jobs that somebody else put into Redis. Real kills: tests/ml_backend/test_rq_runner.py."""
+"""What a worker does with jobs that somebody else put into Redis. Real kills: tests/ml_backend/jobs."""
 
 from __future__ import annotations
 

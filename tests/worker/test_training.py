@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from evaluation.datasets import read_pairs
-from ml_backend.heads_cli import heads
-from ml_backend.train_cli import train
+from ml_backend.commands.heads import heads
+from ml_backend.commands.train import train
 from worker import training
 from worker.backbones import Backbone
 from worker.contract import Click, Prompts

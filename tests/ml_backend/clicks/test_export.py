@@ -17,8 +17,8 @@ from ml_backend.clicks.export import FORMATS, export
 from ml_backend.clicks.filter import Filter, parse_day
 from ml_backend.clicks.people import read_key
 from ml_backend.clicks.table import COLUMNS
-from ml_backend.clicks_cli import FORMATS as OFFERED
-from ml_backend.clicks_cli import clicks
+from ml_backend.commands.clicks import FORMATS as OFFERED
+from ml_backend.commands.clicks import clicks
 from tests.ml_backend.clicks.conftest import HIDDEN, answer, disc, region, webhook
 from tests.ml_backend.clicks.test_store import write
 

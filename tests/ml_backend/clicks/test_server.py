@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from ml_backend.jobs import JobFailed
+from ml_backend.jobs.failures import JobFailed
 from tests.ml_backend.clicks.conftest import webhook
 
 THREE = "predict_interactive_plain_keypoint_3_prompts"

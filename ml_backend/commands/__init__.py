@@ -1,0 +1,1 @@
+"""The commands of `bald-sam`, one a file; `ml_backend.cli` puts them together."""
