@@ -35,7 +35,9 @@ from worker.decode import Decoded
 from worker.encode import Embedding, encode_resized, resize
 from worker.head.fit import FitOptions
 from worker.head.store import Head, save_head
-from worker.images import ImageError, decode_image, fetch
+from worker.images.errors import ImageError
+from worker.images.fetch import fetch
+from worker.images.pixels import decode_image
 from worker.preemption import give_way
 from worker.runtime import Runtime
 from worker.tasks import JobError, answer, in_image

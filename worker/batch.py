@@ -34,7 +34,8 @@ from worker.contract import (
 )
 from worker.encode import Embedding, encode_resized, resize
 from worker.frame import Window
-from worker.images import decode_image, fetch
+from worker.images.fetch import fetch
+from worker.images.pixels import decode_image
 from worker.objects import decide, regions
 from worker.preemption import ASK_EVERY_S, give_way, work_beside
 from worker.runtime import Runtime

@@ -36,8 +36,10 @@ from worker.contract import (
 from worker.decode import decode, decode_session
 from worker.encode import Embedding, encode, encode_window
 from worker.frame import Window
-from worker.image_urls import LABEL_STUDIO_PATHS
-from worker.images import ImageError, decode_image, fetch
+from worker.images.errors import ImageError
+from worker.images.fetch import fetch
+from worker.images.pixels import decode_image
+from worker.images.urls import LABEL_STUDIO_PATHS
 from worker.masks import to_mask
 from worker.preemption import before_long_work
 from worker.runtime import NotConfiguredError, Runtime, runtime

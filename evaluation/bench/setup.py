@@ -25,7 +25,7 @@ from worker.contract import RuntimeOptions
 from worker.embedding_folder import EmbeddingFolder
 from worker.embeddings import EmbeddingCache
 from worker.encode import Embedding, encode
-from worker.images import decode_image
+from worker.images.pixels import decode_image
 
 #: Sizes of images that clicks are timed on, (width, height).
 SIZES = {"1024x1024": (1024, 1024), "4000x3000": (4000, 3000)}

@@ -15,11 +15,11 @@ import pytest
 import torch
 from pydantic import SecretStr
 
-from worker import addresses, fetch
-from worker.addresses import ImageError
 from worker.backbones import Backbone, build
 from worker.contract import ImageRef, RuntimeOptions
 from worker.encode import Embedding, encode
+from worker.images import addresses, fetch
+from worker.images.errors import ImageError
 
 PICTURE = b"bytes of a picture"
 SECRET = "0123456789abcdef"

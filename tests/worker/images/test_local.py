@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.worker.conftest import PICTURE, options, refused
-from worker import fetch, local_images
 from worker.contract import ImageRef
+from worker.images import fetch, local
 
 
 @pytest.fixture
@@ -82,14 +82,14 @@ def test_a_folder_that_becomes_a_link_in_between_is_not_followed(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, outside = folders
-    open_beneath = local_images._open_beneath
+    open_beneath = local._open_beneath
 
     def bend(start: Path, real: Path) -> int:
         (root / "sub").rename(root / "moved")
         (root / "sub").symlink_to(outside)
         return open_beneath(start, real)
 
-    monkeypatch.setattr(local_images, "_open_beneath", bend)
+    monkeypatch.setattr(local, "_open_beneath", bend)
     assert refused(f"{root}/sub/a.png", options(local_roots=(root,))).status == 404
 
 

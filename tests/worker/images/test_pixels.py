@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worker.contract import RuntimeOptions
-from worker.images import ImageError, decode_image
+from worker.images.errors import ImageError
+from worker.images.pixels import decode_image
 
 OPTIONS = RuntimeOptions(data_dir=Path("unused"), max_image_megapixels=4)
 

@@ -8,11 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from worker.addresses import ImageError
 from worker.contract import RuntimeOptions
-from worker.fetch import fetch
-
-__all__ = ["ImageError", "decode_image", "fetch"]
+from worker.images.errors import ImageError
 
 #: Longest side to shortest: scaled down for an encoder, nothing would be left of the shortest.
 MAX_RATIO = 400

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.worker.conftest import Anything, DeadEnds, Server, names, options, refused
-from worker import addresses
+from worker.images import addresses
 
 
 def in_time(call: Any, seconds: float = 20.0) -> Any:

@@ -15,9 +15,12 @@ from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry, Timeout, Url
 
-from worker.addresses import ImageError, guarded_pool
 from worker.contract import ImageRef, RuntimeOptions
-from worker.image_urls import (
+from worker.images.addresses import guarded_pool
+from worker.images.errors import ImageError
+from worker.images.label_studio_auth import authorization
+from worker.images.local import inline, local, too_large
+from worker.images.urls import (
     CLOUD,
     LABEL_STUDIO_PATHS,
     climbing,
@@ -29,8 +32,6 @@ from worker.image_urls import (
     parse,
     resolve_route,
 )
-from worker.label_studio_auth import authorization
-from worker.local_images import inline, local, too_large
 
 MAX_REDIRECTS = 5
 CHUNK = 1 << 16

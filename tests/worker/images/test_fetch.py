@@ -11,9 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from tests.worker.conftest import PICTURE, Server
-from worker.addresses import ImageError, is_public
 from worker.contract import ImageRef, RuntimeOptions
-from worker.fetch import fetch
+from worker.images.addresses import is_public
+from worker.images.errors import ImageError
+from worker.images.fetch import fetch
 
 
 def jwt(**claims: Any) -> str:

@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote
 
-from worker.addresses import ImageError
 from worker.contract import RuntimeOptions
+from worker.images.errors import ImageError
 
 
 def too_large(options: RuntimeOptions) -> ImageError:

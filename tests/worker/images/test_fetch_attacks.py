@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.worker.conftest import PICTURE, SECRET, Anything, DeadEnds, Server, names, options, refused
-from worker import fetch
-from worker.addresses import is_public
 from worker.contract import ImageRef
+from worker.images import fetch
+from worker.images.addresses import is_public
 
 PORT = "{port}"
 

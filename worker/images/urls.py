@@ -9,8 +9,8 @@ from urllib.parse import parse_qs, unquote, urljoin
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
-from worker.addresses import ImageError
 from worker.contract import ImageRef, RuntimeOptions
+from worker.images.errors import ImageError
 
 #: Paths of Label Studio that hold images. The token goes to these and to no other.
 LABEL_STUDIO_PATHS = re.compile(

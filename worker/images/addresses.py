@@ -18,6 +18,8 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
+from worker.images.errors import ImageError
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 #: Addresses that carry an IPv4 address in their last 32 bits: the prefixes of translators (RFC 6052, RFC 2765), and a
@@ -32,16 +34,6 @@ INSIDE = tuple(
 
 # Its warnings about retries hold the whole URL, with the signature of a presigned one.
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-class ImageError(Exception):
-    """An image that cannot be had. `error`: what is wrong, `hint`: what to do, `status`: HTTP status for the client."""
-
-    def __init__(self, error: str, hint: str, status: int = 400) -> None:
-        super().__init__(f"{error} {hint}")
-        self.error = error
-        self.hint = hint
-        self.status = status
 
 
 def is_public(address: str) -> bool:
