@@ -11,5 +11,5 @@ from worker.acquisition.state import State
 
 @strategy("bald-region", unit="nats")
 def bald_region(state: State) -> Tensor:
-    """BALD after conditioning on the clicks, gathered over discs of several sizes."""
+    """BALD after conditioning on the clicks, gathered over a small disc."""
     return regional(state.bald, state.valid)

@@ -12,7 +12,7 @@ from worker.acquisition.state import State
 
 @strategy("error-region", unit="probability")
 def error_region(state: State) -> Tensor:
-    """Probability that the shown label is wrong, gathered over discs of several sizes."""
+    """Probability that the shown label is wrong, gathered over a small disc."""
     return regional(likely_wrong(state), state.valid)
 
 
