@@ -220,8 +220,10 @@ def project_id(value: Any) -> int | None:
 def _checked(tasks: Any) -> list[dict[str, Any]]:
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, dict) for task in tasks):
         raise RequestError("`tasks` must be a list with at least one task.", "Send the task that was clicked on.")
-    if isinstance(tasks[0].get("id"), bool) or not isinstance(tasks[0].get("id"), (int, str)):
-        raise RequestError("The task has no `id`.", "Send the task as Label Studio's API gives it.")
+    kinds = (int, str) if len(tasks) == 1 else (int,)  # several are those of a project, which Label Studio numbers
+    for task in tasks:
+        if isinstance(task.get("id"), bool) or not isinstance(task.get("id"), kinds):
+            raise RequestError("A task has no usable `id`.", "Send the task as Label Studio's API gives it.")
     return tasks
 
 

@@ -131,6 +131,8 @@ def test_nothing_prompted_is_answered_with_nothing(
         ("tasks", "text", 422),
         ("tasks", [1], 422),
         ("tasks", [{"data": {"image": "a.jpg"}}], 422),
+        ("tasks", [{"id": 1, "data": {"image": "a.jpg"}}, {"data": {"image": "b.jpg"}}], 422),
+        ("tasks", [{"id": 1, "data": {"image": "a.jpg"}}, {"id": "b", "data": {"image": "b.jpg"}}], 422),
         ("tasks", [{"id": 1, "data": {}}], 422),
         ("tasks", [{"id": 1, "data": {"image": 5}}], 422),
         ("label_config", None, 422),
