@@ -5,8 +5,8 @@ The numbers are drawn at random and say nothing about annotators; shapes and siz
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,4 +188,8 @@ def main(folder: Path, wanted: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("clicks", type=int)
+    options = parser.parse_args()
+    main(options.folder, options.clicks)
