@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import click
 
+from ml_backend.commands.options import BACKBONE, DEVICE, HEAD
+
 #: Command -> (module:attribute, one line of help).
 COMMANDS = {
     "ablate": ("ml_backend.commands.ablate:ablate", "Compare Laplace settings on several backbones."),
@@ -93,9 +95,9 @@ def _stop(*_: object) -> NoReturn:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=9090, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--redis-url", help="Send work to `bald-sam worker` processes; without it this process does it all.")
-@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@BACKBONE
+@DEVICE
+@HEAD
 @click.option("--strategy", help="How the next click is chosen.")
 @click.option("--threads", default=32, show_default=True, type=click.IntRange(1, 1024), help="Requests at once.")
 @click.option("--no-auth", is_flag=True, help="Let other machines in without credentials.")
@@ -187,9 +189,9 @@ def _warm_up(settings: Any, ready: threading.Event) -> None:
 @main.command()
 @click.option("--redis-url", help="Where the queues are.")
 @click.option("--queues", help="Comma-separated; without it all: interactive, embed, batch, train.")
-@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@BACKBONE
+@DEVICE
+@HEAD
 @click.option("--strategy", help="How the next click is chosen.")
 @click.option("--check", is_flag=True, help="Do no work: exit 0 if a worker of this machine is ready, else 1.")
 def worker(queues: str | None, check: bool, **options: str | None) -> None:

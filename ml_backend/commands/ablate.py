@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ml_backend.commands.evaluate import DATA, DEVICE, fail, progress_line, same_setup_or_fail
+from ml_backend.commands.evaluate import fail, progress_line, same_setup_or_fail
+from ml_backend.commands.options import DATA, DEVICE
 from ml_backend.settings import Settings
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ml_backend import label_studio, processes
 from ml_backend.cli import load_settings
+from ml_backend.commands.options import BACKBONE, DEVICE
 from ml_backend.demo_pictures import pictures_in, sample_pictures
 from ml_backend.demo_project import LABELS, SAMPLES, State, attach, fill, first_open
 from ml_backend.label_studio import LabelStudioServer
@@ -37,8 +38,8 @@ console = Console(highlight=False)
 @click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Your own pictures.")
 @click.option("--port", default=9090, show_default=True, help="Port of the backend.")
 @click.option("--label-studio-port", default=8080, show_default=True, help="Port of Label Studio.")
-@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@BACKBONE
+@DEVICE
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Everything is kept here.")
 @click.option("--no-browser", is_flag=True, help="Do not open the page.")
 @click.option("--reset", is_flag=True, help="Begin anew; what was there is set aside, not deleted.")

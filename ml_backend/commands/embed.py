@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ml_backend import labeling_config
 from ml_backend.cli import fail, load_settings
+from ml_backend.commands.options import BACKBONE, DEVICE
 from ml_backend.commands.prelabel import batch_of, report, watching
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.jobs.failures import JobFailed
@@ -38,8 +39,8 @@ LARGE_EMBEDDING_BYTES = 2 * 256 * 64 * 64 + 3 * 256 * 256
 @click.option("--unlabelled", is_flag=True, help="Only tasks without annotations.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--estimate", is_flag=True, help="Only say how much it will be.")
-@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
+@BACKBONE
+@DEVICE
 @click.option("--redis-url", help="Have `bald-sam worker` processes do it, and keep the embeddings in Redis.")
 @click.option("--json", "as_json", is_flag=True, help="The summary for scripts.")
 def embed(

@@ -11,26 +11,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from ml_backend.commands.options import BACKBONE, CHECKPOINT, DATA, DEVICE
 from ml_backend.settings import Settings
 
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
     from evaluation.replay import Recordings
     from evaluation.run import Setup
-
-DATA = click.option(
-    "--data",
-    "folders",
-    multiple=True,
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder with a metadata.json (repeatable).",
-)
-BACKBONE = click.option("--backbone", default=None, help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-CHECKPOINT = click.option(
-    "--checkpoint", type=click.Path(path_type=Path), default=None, help="Weights of the backbone."
-)
-DEVICE = click.option("--device", default=None, help="auto, cpu, cuda, cuda:1, mps.")
 
 
 def fail(message: str) -> NoReturn:

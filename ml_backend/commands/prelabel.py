@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from ml_backend.cli import fail, load_settings
+from ml_backend.commands.options import BACKBONE, DEVICE, HEAD
 from ml_backend.errors import BackendError, RequestError
 from ml_backend.heads_in_use import model_version
 from ml_backend.jobs.failures import JobFailed
@@ -95,9 +96,9 @@ class ThisProcess:
 @click.option("--min-area", type=click.FloatRange(0, 1), help="everything: share of the image.")
 @click.option("--max-area", type=click.FloatRange(0, 1), help="everything: share of the image.")
 @click.option("--top", type=click.IntRange(1), help="everything: so many regions an image at most.")
-@click.option("--backbone", help="tiny, mobile_sam, vit_b, vit_l or vit_h.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--head", help="Name or path of a head; none for SAM's own mask.")
+@BACKBONE
+@DEVICE
+@HEAD
 @click.option("--strategy", help="How the next click is chosen.")
 @click.option("--redis-url", help="Have `bald-sam worker` processes do the work.")
 @click.option("--json", "as_json", is_flag=True, help="The summary for scripts.")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ml_backend.cli import fail, load_settings
-from ml_backend.commands.evaluate import BACKBONE, CHECKPOINT, DEVICE
+from ml_backend.commands.options import BACKBONE, CHECKPOINT, DEVICE
 
 if TYPE_CHECKING:
     from worker.contract import TrainJob, TrainResult
