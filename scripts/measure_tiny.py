@@ -5,8 +5,9 @@
 
 The clicker is `evaluation.clicker.oracle_click` (the deepest wrong pixel); no head, no proposals. It takes a fraction
 of the time of `bald-sam evaluate --strategies oracle --head none`, which asks the same question through the product.
-`--whole`: the object is never looked at from near. `--speed` times the encoder and five clicks on one 1024 x 768
-picture, for `tiny`, from near and not, and for ViT-B with random weights.
+`--whole`: the object is never looked at from near. `--unguided`: borders of masks are not moved to the image's.
+`--speed` times the encoder and five clicks on one 1024 x 768 picture, for `tiny`, from near and not, and for ViT-B with
+random weights.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from worker.backbones import TINY_WEIGHTS, Backbone, build
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode_next
 from worker.encode import encode
+from worker.guided_filter import guided
 from worker.masks import to_mask
 from worker.zoom import looker
 
@@ -44,7 +46,10 @@ def click_through(backbone: Backbone, pair: Pair, clicks: int) -> tuple[NDArray[
     while click is not None and len(true) < clicks:
         prompts = Prompts(clicks=(*prompts.clicks, click))
         decoded = decode_next(backbone, embedding, prompts, decoded, look)
-        mask = to_mask(decoded.logits, decoded.frame, prompts)
+        logits, frame = decoded.logits, decoded.frame
+        if backbone.guided:
+            logits = guided(logits, decoded.colours, frame.valid)
+        mask = to_mask(logits, frame, prompts)
         true.append(iou(mask, truth, ignore))
         predicted.append(decoded.predicted_iou)
         click = oracle_click(truth, mask, prompts.clicks, ignore)
@@ -75,7 +80,10 @@ def speed(rounds: int) -> None:
             for count in range(1, 6):
                 prompts = Prompts(clicks=clicks[:count])
                 decoded = decode_next(backbone, embedding, prompts, decoded, look)
-                to_mask(decoded.logits, decoded.frame, prompts)
+                logits = decoded.logits
+                if backbone.guided:
+                    logits = guided(logits, decoded.colours, decoded.frame.valid)
+                to_mask(logits, decoded.frame, prompts)
             best[name] = min(best[name], time.perf_counter() - began)
     for name, seconds in best.items():
         print(f"encode and 5 clicks, {name}: {seconds:.2f} s, 1/{best['vit_b'] / seconds:.0f} of vit_b")
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="objects per data set, evenly spaced")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--whole", action="store_true", help="do not look at the object from near")
+    parser.add_argument("--unguided", action="store_true", help="do not move borders of masks to the image's")
     parser.add_argument("--speed", action="store_true", help="time encoder and clicks beside ViT-B's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -98,6 +107,7 @@ def main() -> None:
     if not options.folders:
         return
     backbone = build("tiny", checkpoint=options.weights, device="cpu", zoom="off" if options.whole else "on")
+    backbone.guided = not options.unguided
     shown = [click for click in (1, 2, 3, 5, 10, 15) if click <= options.clicks]
     print("| set | objects | " + " | ".join(f"click {c}" for c in shown) + " | last minus best | Spearman |")
     print("|---" * (len(shown) + 4) + "|")

@@ -18,6 +18,7 @@ from worker.acquisition.candidates import allowed_pixels, best_pixel
 from worker.acquisition.state import State
 from worker.acquisition.stopping import StoppingRule, expected_gain
 from worker.contract import Prompts, Proposal
+from worker.guided_filter import guided
 from worker.head import predictive
 from worker.head.features import coarse, pixel_features, smoothed
 from worker.head.store import channels_of, find_head, on_device
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class Decision:
     """What to answer to one click.
 
-    `logits`: (h, w) float32, the mask to show, in the low-resolution frame of the `Decoded` it came from.
+    `logits`: (h, w) float32, above 0 in the mask to show, in the low-resolution frame of the `Decoded` it came from.
     `proposal`: the next click in original pixels, or None, and then `stopped` says why in words.
     `expected_iou`: what the posterior expects the mask to reach, see `predictive.expected_iou`.
     `gain`: what the best click is expected to gain, see `stopping.expected_gain`; None where no place is left.
@@ -57,6 +58,7 @@ class Proposer:
         self.head = on_device(found, backbone.device)
         self.strategy = acquisition.find(strategy)
         self.stop = stop
+        self._guided = backbone.guided
 
     @property
     def model_version(self) -> str:
@@ -119,11 +121,16 @@ class Proposer:
                 score=float(score[pixel]),
                 strategy=chosen.name,
             )
-        logits = decoded.logits
-        if self.head.shows == "head":
-            logits = smoothed(state.head_logits(), decoded.frame.valid)
         expected = predictive.expected_iou(inside, shown)
-        return Decision(logits, proposal, stopped, expected, gain, _maps(state, scores) if maps else {})
+        return Decision(self._shown(state), proposal, stopped, expected, gain, _maps(state, scores) if maps else {})
+
+    def _shown(self, state: State) -> Tensor:
+        """Logits of the mask to show, its border smoothed or guided by the image."""
+        decoded, valid = state.decoded, state.decoded.frame.valid
+        logits = state.head_logits() if self.head.shows == "head" else decoded.logits
+        if self._guided:
+            return guided(logits, decoded.colours, valid)
+        return smoothed(logits, valid) if self.head.shows == "head" else logits
 
 
 def _seed(prompts: Prompts, seed: int) -> int:

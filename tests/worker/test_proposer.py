@@ -10,6 +10,7 @@ from worker.backbones import Backbone
 from worker.contract import Click, Prompts
 from worker.decode import Decoded, decode
 from worker.encode import Embedding
+from worker.guided_filter import guided
 from worker.head.features import coarse
 from worker.proposer import Proposer
 
@@ -64,7 +65,7 @@ def test_padding_is_no_part_of_what_is_expected(backbone: Backbone, decoded: Dec
 
 
 def test_the_mask_of_a_head_has_no_ragged_border(backbone: Backbone, decoded: Decoded, tmp_path: Path) -> None:
-    proposer = Proposer(backbone, head="none", data_dir=tmp_path)
+    proposer = Proposer(replace(backbone, guided=False), head="none", data_dir=tmp_path)
     sam = proposer.propose(decoded, PROMPTS).logits
     proposer.head = replace(proposer.head, shows="head")
     head = proposer.propose(decoded, PROMPTS).logits
@@ -76,3 +77,17 @@ def test_the_mask_of_a_head_has_no_ragged_border(backbone: Backbone, decoded: De
         return int((inside[1:] != inside[:-1]).sum() + (inside[:, 1:] != inside[:, :-1]).sum())
 
     assert head.shape == sam.shape and 0 < border(head) < border(sam)
+
+
+@pytest.mark.parametrize("shows", ["sam", "head"])
+def test_a_border_is_guided_by_the_image_where_that_suits_the_backbone(
+    backbone: Backbone, decoded: Decoded, tmp_path: Path, shows: str
+) -> None:
+    proposers = [Proposer(replace(backbone, guided=yes), head="none", data_dir=tmp_path) for yes in (False, True)]
+    for proposer in proposers:
+        proposer.head = replace(proposer.head, shows=shows)
+    plain, found = (proposer.propose(decoded, PROMPTS) for proposer in proposers)
+    if shows == "sam":
+        assert torch.equal(found.logits, guided(decoded.logits, decoded.colours, decoded.frame.valid))
+    assert not torch.equal(found.logits > 0, plain.logits > 0)
+    assert (found.proposal, found.expected_iou) == (plain.proposal, plain.expected_iou)

@@ -42,6 +42,7 @@ class BackboneSpec:
     source: str
     zoom: bool = False
     grain: int | None = None
+    guided: bool = False
     bears_half: bool = True
 
 
@@ -51,6 +52,7 @@ class Backbone:
 
     `precision`: 16-bit type of the image encoder, None for float32. `zoom`: whether later clicks are decoded on the
     part of the image that holds the object. `grain`: of sides that inputs are padded to, None to pad to the square.
+    `guided`: whether borders of masks are moved to the image's.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Backbone:
     precision: torch.dtype | None = None
     zoom: bool = False
     grain: int | None = None
+    guided: bool = False
 
     @property
     def embedding_id(self) -> str:
@@ -108,7 +111,9 @@ class Backbone:
 BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
-        BackboneSpec("tiny", build_tiny, None, "trained by this project; ships with it", zoom=True, grain=GRAIN),
+        BackboneSpec(
+            "tiny", build_tiny, None, "trained by this project; ships with it", zoom=True, grain=GRAIN, guided=True
+        ),
         BackboneSpec(
             "mobile_sam",
             build_mobile_sam,
@@ -195,7 +200,8 @@ def build(
     encoder = encoder_precision(precision, target, bears_half=spec.bears_half)
     # A GPU wants few shapes: its decoder is recorded for the square, and starting kernels costs more than padding.
     grain = spec.grain if target.type != "cuda" else None
-    return Backbone(name, sam.to(target).eval(), target, f"{name}-{digest[:12]}", encoder, zooms(name, zoom), grain)
+    sam, id = sam.to(target).eval(), f"{name}-{digest[:12]}"
+    return Backbone(name, sam, target, id, encoder, zooms(name, zoom), grain, spec.guided)
 
 
 def zooms(name: str, zoom: str) -> bool:
