@@ -114,7 +114,10 @@ class Settings(BaseSettings):
     @field_validator("data_dir", "checkpoint", "embeddings_dir")
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
-        return value.expanduser() if value else None
+        try:
+            return value.expanduser() if value else None
+        except RuntimeError as error:  # no user of that name, or no HOME
+            raise ValueError(f"nobody's home directory is {str(value)!r}: write the path out in full") from error
 
     def clicks_database(self) -> str | None:
         """SQLAlchemy URL of the click log, which may hold a password; None: SQLite in `data_dir`."""

