@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ml_backend.cli import load_settings
 from ml_backend.commands.evaluate import fail, progress_line, same_setup_or_fail
 from ml_backend.commands.options import DATA, DEVICE
-from ml_backend.settings import Settings
 
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
@@ -128,7 +128,7 @@ def _setup(name: str, folder: Path, random_weights: bool, device: str | None, cl
     from worker.backbones.checkpoints import checkpoint_path, file_sha256
     from worker.backbones.tiny import load_tiny, resize_tiny, save_tiny
 
-    options = Settings()
+    options = load_settings()
     kind, _, size = name.partition("@")
     checkpoint = None
     if kind not in BACKBONES or (size and (kind != "tiny" or not size.isdigit())):

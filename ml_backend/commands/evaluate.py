@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from ml_backend.cli import load_settings
 from ml_backend.commands.options import BACKBONE, CHECKPOINT, DATA, DEVICE
-from ml_backend.settings import Settings
 
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
@@ -79,7 +79,7 @@ def evaluate(
     from worker import acquisition
     from worker.backbones.checkpoints import CheckpointError
 
-    settings = Settings()
+    settings = load_settings()
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     names = list(dict.fromkeys(acquisition.DEFAULT if name == "default" else name for name in names))
     played = [name for name in names if name != HUMAN]

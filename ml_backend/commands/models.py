@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ml_backend.settings import Settings
+from ml_backend.cli import load_settings
 
 if TYPE_CHECKING:
     from worker.backbones import BackboneSpec
@@ -59,7 +59,7 @@ def download(name: str, as_json: bool) -> None:
     try:
         with Progress(*columns, console=Console(stderr=True), disable=as_json) as progress:
             task = progress.add_task(checkpoint.file, total=checkpoint.size)
-            path = fetch(checkpoint, Settings().data_dir, lambda count: progress.update(task, completed=count))
+            path = fetch(checkpoint, load_settings().data_dir, lambda count: progress.update(task, completed=count))
     except CheckpointError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
@@ -122,7 +122,7 @@ def _summary(spec: BackboneSpec) -> dict[str, Any]:
     from worker.backbones.checkpoints import checkpoint_path
 
     published = spec.checkpoint
-    path = TINY_WEIGHTS if published is None else checkpoint_path(published, Settings().data_dir)
+    path = TINY_WEIGHTS if published is None else checkpoint_path(published, load_settings().data_dir)
     return {
         "name": spec.name,
         "bytes": path.stat().st_size if published is None else published.size,

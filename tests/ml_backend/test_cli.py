@@ -48,6 +48,8 @@ def test_config_xml(tmp_path: Path) -> None:
         (["config-xml", "--labels", "A,A"], {}, "name of its own"),
         (["config-xml", "--labels", "A", "--out", "/nowhere/a.xml"], {}, "Cannot write"),
         (["serve"], {"BALD_SAM_PREFETCH": "many"}, "BALD_SAM_PREFETCH"),
+        (["models", "list"], {"BALD_SAM_DATA_DIR": "~nobody-of-that-name/d"}, "write the path out in full"),
+        (["evaluate", "--data", "D", "--out", "O"], {"BALD_SAM_CACHE_MB": "much"}, "BALD_SAM_CACHE_MB"),
         (["serve", "--host", "0.0.0.0"], {}, "--no-auth"),
         (["worker"], {}, "--redis-url"),
         (["worker", "--redis-url", "redis://localhost", "--queues", "fast"], {}, "interactive, embed"),
