@@ -46,15 +46,18 @@ def click_through(backbone: Backbone, pair: Pair, clicks: int) -> tuple[NDArray[
     while click is not None and len(true) < clicks:
         prompts = Prompts(clicks=(*prompts.clicks, click))
         decoded = decode_next(backbone, embedding, prompts, decoded, look)
-        logits, frame = decoded.logits, decoded.frame
-        if backbone.guided:
-            logits = guided(logits, decoded.colours, frame.valid)
-        mask = to_mask(logits, frame, prompts)
+        mask = shown(backbone, decoded, prompts)
         true.append(iou(mask, truth, ignore))
         predicted.append(decoded.predicted_iou)
         click = oracle_click(truth, mask, prompts.clicks, ignore)
     missing = clicks - len(true)
     return np.array(true + true[-1:] * missing), np.array(predicted + predicted[-1:] * missing)
+
+
+def shown(backbone: Backbone, decoded: Decoded, prompts: Prompts) -> NDArray[np.bool_]:
+    """The mask as the product shows it without a head."""
+    logits, frame = decoded.logits, decoded.frame
+    return to_mask(guided(logits, decoded.colours, frame.valid) if backbone.guided else logits, frame, prompts)
 
 
 @torch.inference_mode()
@@ -80,10 +83,7 @@ def speed(rounds: int) -> None:
             for count in range(1, 6):
                 prompts = Prompts(clicks=clicks[:count])
                 decoded = decode_next(backbone, embedding, prompts, decoded, look)
-                logits = decoded.logits
-                if backbone.guided:
-                    logits = guided(logits, decoded.colours, decoded.frame.valid)
-                to_mask(logits, decoded.frame, prompts)
+                shown(backbone, decoded, prompts)
             best[name] = min(best[name], time.perf_counter() - began)
     for name, seconds in best.items():
         print(f"encode and 5 clicks, {name}: {seconds:.2f} s, 1/{best['vit_b'] / seconds:.0f} of vit_b")
@@ -108,26 +108,26 @@ def main() -> None:
         return
     backbone = build("tiny", checkpoint=options.weights, device="cpu", zoom="off" if options.whole else "on")
     backbone.guided = not options.unguided
-    shown = [click for click in (1, 2, 3, 5, 10, 15) if click <= options.clicks]
-    print("| set | objects | " + " | ".join(f"click {c}" for c in shown) + " | last minus best | Spearman |")
-    print("|---" * (len(shown) + 4) + "|")
+    columns = [click for click in (1, 2, 3, 5, 10, 15) if click <= options.clicks]
+    print("| set | objects | " + " | ".join(f"click {c}" for c in columns) + " | last minus best | Spearman |")
+    print("|---" * (len(columns) + 4) + "|")
     curves, every = [], []
     for folder in options.folders:
         measured = [click_through(backbone, p, options.clicks) for p in subset(read_pairs(folder), options.limit)]
         true, predicted = (np.stack(values) for values in zip(*measured, strict=True))
         every.append((true, predicted))
         curves.append((folder.name, len(true), true.mean(0), spearmanr(true.ravel(), predicted.ravel()).statistic))
-        print(_row(*curves[-1], shown), flush=True)
+        print(_row(*curves[-1], columns), flush=True)
     total = sum(count for _, count, _, _ in curves)
     curve, rank = np.mean([c for _, _, c, _ in curves], 0), float(np.mean([r for *_, r in curves]))
-    print(_row("**mean of sets**", total, curve, rank, shown))
+    print(_row("**mean of sets**", total, curve, rank, columns))
     true, predicted = (np.concatenate(values) for values in zip(*every, strict=True))
     rank = float(spearmanr(true.ravel(), predicted.ravel()).statistic)
-    print(_row("all objects as one set", total, true.mean(0), rank, shown))
+    print(_row("all objects as one set", total, true.mean(0), rank, columns))
 
 
-def _row(name: str, count: int, curve: NDArray[np.float64], rank: float, shown: list[int]) -> str:
-    values = " | ".join(f"{curve[click - 1]:.3f}" for click in shown)
+def _row(name: str, count: int, curve: NDArray[np.float64], rank: float, columns: list[int]) -> str:
+    values = " | ".join(f"{curve[click - 1]:.3f}" for click in columns)
     return f"| {name} | {count} | {values} | {curve[-1] - curve.max():.3f} | {rank:.2f} |"
 
 

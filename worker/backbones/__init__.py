@@ -200,8 +200,8 @@ def build(
     encoder = encoder_precision(precision, target, bears_half=spec.bears_half)
     # A GPU wants few shapes: its decoder is recorded for the square, and starting kernels costs more than padding.
     grain = spec.grain if target.type != "cuda" else None
-    sam, id = sam.to(target).eval(), f"{name}-{digest[:12]}"
-    return Backbone(name, sam, target, id, encoder, zooms(name, zoom), grain, spec.guided)
+    sam, own_id = sam.to(target).eval(), f"{name}-{digest[:12]}"
+    return Backbone(name, sam, target, own_id, encoder, zooms(name, zoom), grain, spec.guided)
 
 
 def zooms(name: str, zoom: str) -> bool:
