@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ml_backend.cli import load_settings
-from ml_backend.commands.evaluate import fail, progress_line, same_setup_or_fail
+from ml_backend.cli import fail, load_settings
+from ml_backend.commands.evaluate import progress_line, same_setup_or_fail
 from ml_backend.commands.options import DATA, DEVICE
 
 if TYPE_CHECKING:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from ml_backend.cli import load_settings
+from ml_backend.cli import fail, load_settings
 from ml_backend.commands.options import BACKBONE, CHECKPOINT, DATA, DEVICE
 
 if TYPE_CHECKING:
     from evaluation.datasets import Pair
     from evaluation.replay import Recordings
     from evaluation.run import Setup
-
-
-def fail(message: str) -> NoReturn:
-    """One line on stderr, exit status 2."""
-    click.echo(message, err=True)
-    sys.exit(2)
 
 
 @click.command()

@@ -33,6 +33,8 @@ class BackboneSpec:
     """A kind of backbone. `checkpoint` is None for the one whose weights ship with this package. `zoom`: whether it
     looks at parts of an image unless told otherwise, see `worker.zoom`; that costs an encode now and then. `grain`: its
     encoder takes any input whose sides are multiples of this; None for those that must see the padded square.
+    `guided`: borders of its masks are moved to the image's, see `worker.guided_filter`; whether the published ones'
+    would gain is not known, as their weights were not at hand.
     `bears_half`: its masks are as good with an encoder of 16 bits: the ViTs', as others run them, `tiny`'s, which was
     trained so (docs/results/performance.md); `mobile_sam`'s weights were not at hand to be tried."""
 
